@@ -1,0 +1,1 @@
+"""What is measured about skyreels_fast, and how."""

@@ -1,0 +1,85 @@
+// What every kernel family shares: element types, wide packs, the persistent grid, error reports.
+// Device pointers come in as integers and errors leave as exceptions, so that nothing here knows torch:
+// std::invalid_argument (ValueError in Python) for a wrong argument, std::runtime_error for a CUDA error.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "dtype.h"
+
+namespace skyreels_fast {
+
+constexpr int kThreads = 256;
+constexpr int kPackBytes = 16;
+// Loads a thread issues from each input before it uses the first: enough to cover the latency of device memory.
+constexpr int kInFlight = 4;
+
+// Neighbouring elements that one load or store moves: kPackBytes of them, or one.
+template <typename T, int kWidth>
+struct alignas(sizeof(T) * kWidth) Pack {
+  static_assert(kWidth == 1 || sizeof(T) * kWidth == kPackBytes);
+  using Word = std::conditional_t<kWidth == 1, T, uint4>;
+  T lane[kWidth];
+
+  __device__ static Pack load(const T* from) {
+    const Word word = *reinterpret_cast<const Word*>(from);
+    Pack pack;
+    memcpy(&pack, &word, sizeof(pack));
+    return pack;
+  }
+
+  __device__ void store(T* to) const {
+    Word word;
+    memcpy(&word, this, sizeof(word));
+    __stcs(reinterpret_cast<Word*>(to), word);  // evict first: what these kernels write outgrows the caches
+  }
+};
+
+inline void check_cuda(cudaError_t status, const char* where) {
+  if (status == cudaSuccess) return;
+  throw std::runtime_error(std::string(where) + ": " + cudaGetErrorName(status) + ": " + cudaGetErrorString(status));
+}
+
+inline void require(bool holds, const std::string& message) {
+  if (!holds) throw std::invalid_argument(message);
+}
+
+// Calls run(T{}) with the element type that `dtype` names.
+template <typename Run>
+void with_element_type(int dtype, const char* where, Run run) {
+  switch (static_cast<DType>(dtype)) {
+    case DType::kFloat32: return run(float{});
+    case DType::kFloat16: return run(__half{});
+    case DType::kBFloat16: return run(__nv_bfloat16{});
+  }
+  throw std::invalid_argument(std::string(where) + ": dtype code " + std::to_string(dtype) + " is unknown");
+}
+
+template <typename T>
+void check_address(Address address, const char* name, const char* where) {
+  require(address != 0, std::string(where) + ": " + name + " is null");
+  require(address % alignof(T) == 0, std::string(where) + ": " + name + " is not aligned to its element");
+}
+
+// As many blocks as the device runs at once, fewer when `packs` do not fill them.
+template <typename Kernel>
+int persistent_grid(Kernel kernel, std::int64_t packs, const char* where) {
+  int device = 0, processors = 0, blocks_each = 0;
+  check_cuda(cudaGetDevice(&device), where);
+  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), where);
+  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_each, kernel, kThreads, 0), where);
+  constexpr std::int64_t per_block = std::int64_t{kThreads} * kInFlight;
+  const std::int64_t needed = (packs + per_block - 1) / per_block;
+  return static_cast<int>(std::clamp<std::int64_t>(needed, 1, std::int64_t{processors} * blocks_each));
+}
+
+}  // namespace skyreels_fast

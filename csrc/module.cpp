@@ -1,0 +1,42 @@
+// The Python module skyreels_fast._C: the kernels' checked entries and how they were built.
+// Device pointers and streams are integers (torch: tensor.data_ptr(), stream.cuda_stream).
+
+#include <pybind11/pybind11.h>
+
+#include <sstream>
+#include <string>
+
+#include "dtype.h"
+#include "residual_reuse.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+namespace sf = skyreels_fast;
+
+namespace {
+
+py::dict build_info() {
+  py::list archs;
+  std::istringstream listed(SKYREELS_FAST_ARCHS);
+  for (std::string arch; std::getline(listed, arch, ',');) archs.append(arch);
+  return py::dict("version"_a = SKYREELS_FAST_VERSION, "cuda"_a = SKYREELS_FAST_CUDA_VERSION, "archs"_a = archs,
+                  "compiler"_a = SKYREELS_FAST_COMPILER, "build_type"_a = SKYREELS_FAST_BUILD_TYPE);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "CUDA kernels of skyreels_fast; skyreels_fast.ops calls them.";
+  module.def("build_info", &build_info, "How this module was built: version, cuda, archs, compiler, build_type.");
+  module.attr("FLOAT32") = static_cast<int>(sf::DType::kFloat32);
+  module.attr("FLOAT16") = static_cast<int>(sf::DType::kFloat16);
+  module.attr("BFLOAT16") = static_cast<int>(sf::DType::kBFloat16);
+
+  module.def("residual_add", &sf::residual_add, "out = x + residual", "out"_a, "x"_a, "residual"_a, "count"_a,
+             "dtype"_a, "stream"_a);
+  module.def("residual_save", &sf::residual_save, "out = after - before", "out"_a, "after"_a, "before"_a, "count"_a,
+             "dtype"_a, "stream"_a);
+  module.def("relative_l1", &sf::relative_l1, "out[0] = sum |next - old| / sum |old|", "out"_a, "workspace"_a,
+             "next"_a, "old"_a, "count"_a, "dtype"_a, "stream"_a);
+  module.attr("RELATIVE_L1_WORKSPACE_BYTES") = sf::kRelativeL1WorkspaceBytes;
+}

@@ -1,0 +1,4 @@
+from skyreels_fast.enhance import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,61 @@
+"""Opening pictures and videos without torch: what checking a request and reading its inputs share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def open_image(source: str | os.PathLike | Image) -> Image:
+    """An image as RGB, decoded whole and turned upright as its EXIF data says. ValueError if it cannot be read."""
+    from PIL import Image, ImageOps
+
+    if isinstance(source, Image.Image):
+        return ImageOps.exif_transpose(source).convert("RGB")
+    check_file(source)
+    try:
+        with Image.open(source) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # Pillow's decoders raise anything on a damaged file
+        raise ValueError(f"is not a readable image ({first_line(error)}): give a PNG or JPEG file") from None
+
+
+def open_video(path: str | os.PathLike) -> tuple[dict, Iterator[bytes]]:
+    """What ffmpeg says of a video ("size": (width, height), "fps", ...) and its frames, each H*W*3 bytes of RGB.
+
+    Close the iterator (a generator) when done early. ValueError if the file is no video.
+    """
+    import imageio_ffmpeg
+
+    check_file(path)
+    try:
+        # "file:" keeps ffmpeg from reading a name with a colon as an address.
+        frames = imageio_ffmpeg.read_frames(f"file:{Path(path).absolute()}")
+        meta = next(frames)
+    except Exception as error:  # ffmpeg's report is parsed, which fails in many ways on other files
+        reason = "ffmpeg finds no picture in it" if isinstance(error, (OSError, IndexError)) else first_line(error)
+        raise ValueError(f"is not a readable video ({reason}): give an MP4, MOV, WebM or similar file") from None
+    return meta, frames
+
+
+def check_file(path: object) -> None:
+    """ValueError unless `path` names a file that can be opened for reading."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError("must be the path of a file")
+    try:
+        with open(path, "rb"):
+            return
+    except FileNotFoundError:
+        raise ValueError("no such file: check the path") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot be opened: {getattr(error, 'strerror', None) or error}") from None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

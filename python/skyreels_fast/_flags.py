@@ -1,0 +1,190 @@
+"""The flags of the two commands: what they are called, what they become, how --help teaches them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
+
+from .request import Request
+
+FIELDS = {field.name: field.name for field in dataclasses.fields(Request) if field.init}
+DTYPES = ("bfloat16", "float16", "float32")
+FIELDS["video"] = "video_path"  # field of a Request: flag, where they differ
+
+_DF_EXAMPLES = """examples:
+  a try-out with the bundled model, on any machine
+    generate_video_df.py --model_id tiny --prompt "A red fox in the snow"
+  four seconds from text
+    generate_video_df.py --model_id Skywork/SkyReels-V2-DF-14B-540P --prompt "..." --seed 42
+  from a first frame, or from a first to a last one
+    generate_video_df.py --prompt "..." --image first.png --end_image last.png
+  ten seconds, window by window
+    generate_video_df.py --prompt "..." --num_frames 257 --overlap_history 17 --addnoise_condition 20
+  the same, its frames denoised one after another
+    generate_video_df.py --prompt "..." --num_frames 257 --overlap_history 17 --ar_step 5 --causal_block_size 5
+  a video, continued
+    generate_video_df.py --prompt "..." --video_path in.mp4 --num_frames 121 --overlap_history 17
+"""
+_T2V_EXAMPLES = """examples:
+  four seconds from text
+    generate_video.py --model_id Skywork/SkyReels-V2-T2V-14B-540P --prompt "..." --seed 42
+  from a first frame, as recommended for I2V
+    generate_video.py --model_id Skywork/SkyReels-V2-I2V-14B-540P --image first.png --guidance_scale 5 --shift 3
+  on a GPU that does not hold the model
+    generate_video.py --model_id Skywork/SkyReels-V2-T2V-14B-720P --resolution 720P --offload --prompt "..."
+"""
+
+
+class UsageError(ValueError):
+    """A command line that cannot be run."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports an error by raising UsageError with one line, in place of a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+    def parse(self, argv: list[str]) -> argparse.Namespace:
+        """Parse a command line, values that begin with a minus sign included. Raises UsageError."""
+        words: list[str] = []
+        for word in argv:
+            if words and words[-1] in self._takes_value() and word[:1] == "-" and word[:2] != "--":
+                words[-1] += f"={word}"
+            else:
+                words.append(word)
+        args, unknown = self.parse_known_args(words)
+        if unknown:
+            raise UsageError(f"unknown argument {unknown[0]}; {self._hint(unknown[0].partition('=')[0])}")
+        return args
+
+    def _hint(self, word: str) -> str:
+        if any(f"--{flag.name}" == word for flags in FLAGS.values() for flag in flags):
+            return "generate_video_df.py has it"
+        near = difflib.get_close_matches(word, self._option_string_actions, 1) if word[:1] == "-" else []
+        return f"did you mean {near[0]}?" if near else f"{self.prog} --help lists the flags"
+
+    def _takes_value(self) -> set[str]:
+        return {name for name, action in self._option_string_actions.items() if action.nargs is None}
+
+
+class Flag(NamedTuple):
+    """One flag: what its value stands for (None: it takes none), and whether diffusion forcing alone has it."""
+
+    name: str
+    value: str | None
+    help: str
+    df: bool = False
+
+
+FLAGS = {
+    "what to show": (
+        Flag("prompt", "TEXT", "what the video shows (default: the model's example)"),
+        Flag("negative_prompt", "TEXT", "what it shall not show (default: the published one)"),
+        Flag("prompt_enhancer", None, "first let a language model, Qwen2.5-32B-Instruct, put the prompt into detail"),
+        Flag("image", "FILE", "first frame, cropped to the video's shape; a portrait one makes a portrait video"),
+        Flag("end_image", "FILE", "last frame; needs --image", df=True),
+        Flag("video_path", "FILE", "video to continue, at its own frame rate; needs --overlap_history", df=True),
+    ),
+    "size and length": (
+        Flag("resolution", "NAME", "540P (960x544) or 720P (1280x720) (default: the model's own)"),
+        Flag("height", "PIXELS", "a multiple of 16; with --width, in place of --resolution"),
+        Flag("width", "PIXELS", "a multiple of 16; with --height, in place of --resolution"),
+        Flag("num_frames", "N", "frames of the video, 4k + 1; an overlap counts (default: the model's, else 97)"),
+        Flag("base_num_frames", "N", "frames in one window, 4k + 1 (default: the model's, else 97)", df=True),
+        Flag("overlap_history", "N", "frames that windows share, 4k + 1, usually 17 or 37; a video longer than "
+             "--base_num_frames needs it", df=True),
+        Flag("fps", "RATE", "frames a second (default: the model's, else 24)"),
+    ),
+    "sampling": (
+        Flag("seed", "N", "the same seed makes the same video (default: a random one)"),
+        Flag("inference_steps", "N", "quality for time; 50 is recommended (default: the model's, else 30)"),
+        Flag("guidance_scale", "X", "how closely to follow the prompt; 1 halves the work (default: the model's or 6)"),
+        Flag("shift", "X", "how long to stay at high noise (default: the model's, else 8)"),
+        Flag("ar_step", "N", "steps that a block of frames is behind the last one; 5 is usual (default: 0)", df=True),
+        Flag("causal_block_size", "N", "latent frames in a block; 5 goes with --ar_step 5 (default: 1)", df=True),
+        Flag("causal_attention", None, "no block sees a later one; the released models are not made for it", df=True),
+        Flag("addnoise_condition", "N", "noise on given frames; 20 steadies long videos (default: 0)", df=True),
+    ),
+    "faster, with another result": (
+        Flag("teacache", None, "pass over steps that change little"),
+        Flag("teacache_thresh", "X", "how much change to pass over; 0.3 is faster, 0.1 closer (default: 0.2)"),
+        Flag("use_ret_steps", None, "compute the first five steps whatever they change, and judge by the modulation"),
+        Flag("teacache_coefficients", "A,B,...", "polynomial for a model without a published one, highest power first"),
+    ),
+    "model and machine": (
+        Flag("model_id", "MODEL", 'directory, Hugging Face id, or "tiny", the bundled model (default: %(default)s)'),
+        Flag("device", "NAME", "cuda, cuda:N or cpu (default: cuda where there is one)"),
+        Flag("dtype", "TYPE", "bfloat16, float16 or float32 (default: bfloat16 on cuda, float32 on cpu)"),
+        Flag("offload", None, "stream the weights from host memory: less GPU memory, the same result"),
+        Flag("use_usp", None, "several GPUs for one video (not supported yet)"),
+    ),
+    "output": (
+        Flag("outdir", "NAME", "save as result/NAME/PROMPT_SEED_TIME.mp4 (default: %(default)s)"),
+        Flag("output", "FILE", "save as this .mp4 instead, replacing any; the settings go beside it as .json"),
+    ),
+}  # fmt: skip
+
+
+def parser(program: str, mode: str) -> Parser:
+    """The flags of generate_video_df.py (mode "df") or generate_video.py ("t2v")."""
+    df = mode == "df"
+    made = Parser(
+        prog=program,
+        usage="%(prog)s [--prompt TEXT] [--model_id MODEL] [flags]",
+        description=f"Render a video with a SkyReels-V2 {'diffusion forcing' if df else 'T2V or I2V'} model.",
+        epilog=_DF_EXAMPLES if df else _T2V_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kinds = {"N": _whole, "PIXELS": _whole, "X": _real, "RATE": _real, "A,B,...": _reals, "TYPE": _dtype}
+    for title, flags in FLAGS.items():
+        group = made.add_argument_group(title)
+        for flag in flags:
+            if flag.df and not df:
+                continue
+            if flag.value is None:
+                group.add_argument(f"--{flag.name}", action="store_true", default=None, help=flag.help)
+            else:
+                kind = kinds.get(flag.value, str)
+                group.add_argument(f"--{flag.name}", type=kind, metavar=flag.value, help=flag.help)
+    made.set_defaults(
+        outdir="diffusion_forcing" if df else "video_out",
+        model_id=f"Skywork/SkyReels-V2-{'DF-1.3B' if df else 'T2V-14B'}-540P",
+        offload=False,
+    )
+    return made
+
+
+def request_values(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a Request that a command line gives."""
+    values = {field: getattr(args, flag, None) for field, flag in FIELDS.items()}
+    # The reference's own default for "no file" is an empty string.
+    absent = {"image": "", "end_image": "", "video": ""}
+    return {name: value for name, value in values.items() if value is not None and absent.get(name) != value}
+
+
+def _number(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            return text  # Request says what is wrong with it
+
+    return convert
+
+
+_whole, _real = _number(int), _number(float)
+
+
+def _reals(text: str) -> Any:
+    values = tuple(_real(item.strip()) for item in text.split(","))
+    return text if any(isinstance(value, str) for value in values) else values
+
+
+def _dtype(text: str) -> str:
+    if text not in DTYPES:
+        raise argparse.ArgumentTypeError(f"{text!r} must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
+    return text

@@ -1,0 +1,95 @@
+"""What made a video, as a JSON file beside it: every setting, the versions, the timings, the command."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ._flags import FIELDS
+from .request import Settings
+
+# Not part of what to repeat: where the video went, and what has already become part of the settings.
+_NOT_REPEATED = ("output", "use_usp", "prompt_enhancer")
+
+
+def describe_run(program: str, args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
+    """All that is known of a run before it starts; `args` with its device and dtype filled in."""
+    import torch
+
+    on_gpu = torch.device(args.device).type == "cuda"
+    return {
+        "settings": {field.name: _plain(getattr(settings, field.name)) for field in dataclasses.fields(settings)},
+        "model_id": args.model_id,
+        "device": torch.cuda.get_device_name(args.device) if on_gpu else platform.processor() or platform.machine(),
+        "dtype": args.dtype,
+        "offload": args.offload,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "cuda": torch.version.cuda,
+            "transformers": _version("transformers"),
+            "skyreels_fast": _version("skyreels_fast"),
+        },
+        "command": command_line(program, args, settings),
+    }
+
+
+def command_line(program: str, args: argparse.Namespace, settings: Settings) -> str:
+    """The command that renders the same video again, every setting spelled out."""
+    fields = {flag: field for field, flag in FIELDS.items()}
+    words = ["python", program]
+    for flag, value in vars(args).items():
+        value = getattr(settings, fields.get(flag, flag), value)
+        unused = flag.startswith(("teacache_", "use_ret")) and not settings.teacache
+        if value is None or value is False or unused or flag in _NOT_REPEATED:
+            continue
+        words += [f"--{flag}"] if value is True else _with_value(flag, value)
+    return shlex.join(words)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all. Raises OSError."""
+    unfinished = path.parent / f".{os.getpid()}.json"
+    try:
+        with open(unfinished, "w", encoding="utf-8") as file:
+            json.dump(values, file, ensure_ascii=False, indent=2)
+            file.write("\n")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _with_value(flag: str, value: Any) -> list[str]:
+    items = value if isinstance(value, tuple) else (value,)
+    text = ",".join(repr(item).removesuffix(".0") if isinstance(item, float) else str(item) for item in items)
+    return [f"--{flag}={text}"] if text.startswith("-") else [f"--{flag}", text]
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON has it: paths as text, tensors, arrays and images by their shape."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "shape"):
+        return {"shape": list(value.shape), "dtype": str(value.dtype)}
+    return {"image": [value.height, value.width]} if hasattr(value, "getexif") else repr(value)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        from skyreels_fast import __version__
+
+        return __version__ if package == "skyreels_fast" else None

@@ -1,0 +1,96 @@
+"""Tensors into a module: every parameter from exactly the tensors that belong to it, or an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .weights import CheckpointError
+
+Parts = Mapping[str, tuple[str, ...]]
+_NAMED = 4  # names an error message lists before it counts
+
+
+def check(module: nn.Module, sources: Mapping[str, Tensor], parts: Parts | None = None, *, what: str) -> None:
+    """Compare names and shapes, reading no data.
+
+    Args:
+        module: may be on the meta device.
+        sources: the checkpoint's tensors, named as `parts` says.
+        parts: parameter name → names of the tensors that make it up, one below the other along dim 0;
+            None where both are named alike.
+        what: begins the error message.
+
+    Raises:
+        CheckpointError: tensors are missing, left over or misshapen.
+    """
+    parameters = dict(module.named_parameters())
+    parts = parts or {name: (name,) for name in parameters}
+    needed = {name for names in parts.values() for name in names}
+    complaints = []
+    if missing := [name for name in needed if name not in sources]:
+        complaints.append(f"missing {_listed(missing)}")
+    if unknown := sources.keys() - needed:
+        complaints.append(f"unknown {_listed(unknown)}")
+    misfits = [
+        f"{' + '.join(names)} {_shapes(sources, names)} in place of {tuple(parameters[target].shape)}"
+        for target, names in parts.items()
+        if all(name in sources for name in names) and not _fits(parameters[target], [sources[n] for n in names])
+    ]
+    if misfits:
+        complaints.append(f"misshapen {_listed(misfits)}")
+    if complaints:
+        raise CheckpointError(f"{what}: {'; '.join(complaints)}")
+
+
+@torch.inference_mode(False)
+def fill(
+    module: nn.Module,
+    sources: Mapping[str, Tensor],
+    parts: Parts | None = None,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    what: str,
+) -> None:
+    """Give every parameter of `module` its data, on `device` in `dtype`; see `check` for the arguments and errors.
+
+    Data is copied at most once. On the CPU a tensor of the same dtype becomes the parameter as it is, still mapped
+    to its file. Buffers must not be on the meta device; they move to `device` too.
+    """
+    check(module, sources, parts, what=what)
+    device = torch.device(device)
+    for target, parameter in list(module.named_parameters()):
+        names = parts[target] if parts else (target,)
+        data = _joined([sources[name].detach() for name in names], parameter.shape, device, dtype)
+        owner, _, leaf = target.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(data, requires_grad=parameter.requires_grad))
+    module.to(device)
+
+
+def _joined(tensors: list[Tensor], shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
+    if len(tensors) == 1:
+        return tensors[0].to(device=device, dtype=dtype).contiguous()
+    whole = torch.empty(shape, device=device, dtype=dtype)
+    for rows, tensor in zip(whole.split([tensor.shape[0] for tensor in tensors]), tensors, strict=True):
+        rows.copy_(tensor)
+    return whole
+
+
+def _fits(parameter: Tensor, tensors: list[Tensor]) -> bool:
+    if len(tensors) == 1:
+        return parameter.shape == tensors[0].shape
+    trailing = {tuple(tensor.shape[1:]) for tensor in tensors}
+    return trailing == {tuple(parameter.shape[1:])} and sum(tensor.shape[0] for tensor in tensors) == len(parameter)
+
+
+def _shapes(sources: Mapping[str, Tensor], names: Iterable[str]) -> str:
+    return " + ".join(str(tuple(sources[name].shape)) for name in names)
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = sorted(names)
+    rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + rest

@@ -1,0 +1,197 @@
+"""`Checkpoint`: what a model directory holds, in the published layout or in diffusers'."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..config import LATENTS_MEAN, LATENTS_STD, TransformerConfig
+from .fill import check, fill
+from .locate import locate
+from .renames import publish, transformer_name, transformer_settings, vae_name
+from .weights import CheckpointError, read_json, read_weights, weight_files
+
+MODES = ("df", "t2v", "i2v")
+# Each part beside the transformer: its file in the published layout; in diffusers' it is the folder of its name.
+_PUBLISHED = {
+    "vae": "Wan2.1_VAE.pth",
+    "text_encoder": "models_t5_umt5-xxl-enc-bf16.pth",
+    "image_encoder": "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
+}
+_TOKENIZERS = ("google/umt5-xxl", "tokenizer")
+
+
+class Encoder(Protocol):
+    """A module that knows under which of its own names a checkpoint's tensors go."""
+
+    def renamed(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One model directory. Make it with `open`; weights are read when asked for, and then mapped, not loaded."""
+
+    root: Path
+    name: str  # the hub id, or the directory's name
+    config: TransformerConfig
+    generation_config: dict  # the model's own defaults for requests; {} where it has none
+
+    @classmethod
+    def open(cls, path_or_id: str | Path) -> Checkpoint:
+        """Open a directory, a hub id ("org/name", downloaded once), or "tiny", the bundled model.
+
+        Raises:
+            CheckpointError (a ValueError): it cannot be found, or its config.json is missing or unusable.
+        """
+        root, name = locate(path_or_id)
+        config_file = _transformer_directory(root) / "config.json"
+        values = read_json(config_file)
+        if not values:
+            raise CheckpointError(f"{root} is no model directory: config.json (or transformer/config.json) is missing")
+        try:
+            settings = transformer_settings(values) if "num_attention_heads" in values else values
+            config = TransformerConfig.from_dict(settings)
+        except (ValueError, TypeError, ArithmeticError) as error:
+            raise CheckpointError(f"{config_file}: {error}") from error
+        return cls(root, name, config, read_json(root / "generation_config.json"))
+
+    def resolution_hint(self) -> str:
+        """Whether the name, or the way the published 720P models name their shards, says "720P"; else "540P"."""
+        named = "720P" in self.name.upper()
+        return "720P" if named or any(self.root.glob("diffusion_pytorch_model-*.safetensors")) else "540P"
+
+    def mode_hint(self) -> str | None:
+        """What the model was made for ("df", "t2v" or "i2v"), as far as its files and its name tell."""
+        if self.config.model_type == "i2v":
+            return "i2v"
+        if mode := self.generation_config.get("mode"):
+            if mode not in MODES:
+                raise CheckpointError(f"{self.root}: generation_config.json: mode {mode!r} is not one of {MODES}")
+            return mode
+        pipeline = read_json(self.root / "model_index.json").get("_class_name", "")
+        if "DiffusionForcing" in pipeline or self.config.inject_sample_info or _has_word(self.name, "DF"):
+            return "df"
+        return "t2v" if pipeline == "SkyReelsV2Pipeline" or _has_word(self.name, "T2V") else None
+
+    @property
+    def has_vae(self) -> bool:
+        return not self._lacking("vae")
+
+    @property
+    def has_text_encoder(self) -> bool:
+        """Whether both the text encoder and its tokenizer are there."""
+        return not self._lacking("text_encoder")
+
+    @property
+    def has_image_encoder(self) -> bool:
+        return not self._lacking("image_encoder")
+
+    def require(self, *parts: str) -> None:
+        """Check that parts ("vae", "text_encoder", "image_encoder") are there.
+
+        Raises CheckpointError naming every file that is not.
+        """
+        if lacking := [file for part in parts for file in self._lacking(part)]:
+            raise CheckpointError(f"{self.root} lacks {', '.join(lacking)}")
+
+    def transformer_weights(self) -> dict[str, Tensor]:
+        """The DiT's tensors under their published names, mapped."""
+        directory = _transformer_directory(self.root)
+        files = weight_files(directory)
+        if not files:
+            raise CheckpointError(f"{directory} lacks model.safetensors (or its shards model-000NN-of-000MM)")
+        weights = read_weights(files)
+        return publish(weights, transformer_name) if "condition_embedder.time_proj.weight" in weights else weights
+
+    def check_transformer(self, model: nn.Module) -> None:
+        """Compare names and shapes with `model`'s, a DiT that may be on the meta device; reads no data.
+
+        Raises CheckpointError naming the tensors that are missing, unknown or misshapen.
+        """
+        check(model, self.transformer_weights(), model.key_parts(), what=self._label("transformer"))
+
+    def load_transformer(self, model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
+        """Give `model`, a DiT on the meta device, its weights, all in `dtype`. Raises as `check_transformer`."""
+        sources, parts = self.transformer_weights(), model.key_parts()
+        fill(model, sources, parts, device=device, dtype=dtype, what=self._label("transformer"))
+
+    def vae_weights(self) -> dict[str, Tensor]:
+        """The VAE's tensors, named as in Wan2.1_VAE.pth, mapped."""
+        weights, _ = self._part("vae")
+        return publish(weights, vae_name) if "encoder.conv_in.weight" in weights else weights
+
+    def vae_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each latent channel: from vae_config.json or vae/config.json, or Wan 2.1's."""
+        settings = self._settings("vae")
+        return tuple(settings.get("latents_mean", LATENTS_MEAN)), tuple(settings.get("latents_std", LATENTS_STD))
+
+    def check_vae(self, vae: nn.Module) -> None:
+        """As `check_transformer`, of the VAE."""
+        check(vae, self.vae_weights(), what=self._label("VAE"))
+
+    def load_vae(self, vae: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
+        """Give `vae`, on the meta device, its weights. Raises CheckpointError where they do not fit it exactly."""
+        fill(vae, self.vae_weights(), device=device, dtype=dtype, what=self._label("VAE"))
+
+    def text_weights(self) -> tuple[dict[str, Tensor], dict]:
+        """The text encoder's tensors, mapped, with the published names or transformers', and its settings."""
+        return self._part("text_encoder")
+
+    def image_weights(self) -> tuple[dict[str, Tensor], dict]:
+        """The image encoder's tensors, mapped, with the published names or transformers', and its settings."""
+        return self._part("image_encoder")
+
+    def tokenizer_path(self) -> Path:
+        """The directory with the text encoder's tokenizer.json. Raises CheckpointError where there is none."""
+        for name in _TOKENIZERS:
+            if (self.root / name / "tokenizer.json").is_file():
+                return self.root / name
+        raise CheckpointError(f"{self.root} lacks {_TOKENIZERS[0]}/tokenizer.json (or {_TOKENIZERS[1]}/)")
+
+    def load_text_encoder(self, encoder: Encoder, device: torch.device | str, dtype: torch.dtype) -> None:
+        """Give `encoder`, made from `text_weights`, its weights. Raises CheckpointError where they do not fit."""
+        sources = encoder.renamed(self.text_weights()[0])
+        fill(encoder, sources, device=device, dtype=dtype, what=self._label("text encoder"))
+
+    def load_image_encoder(self, encoder: Encoder, device: torch.device | str, dtype: torch.dtype) -> None:
+        """Give `encoder`, made from `image_weights`, its weights. Raises CheckpointError where they do not fit."""
+        sources = encoder.renamed(self.image_weights()[0])
+        fill(encoder, sources, device=device, dtype=dtype, what=self._label("image encoder"))
+
+    def _label(self, part: str) -> str:
+        return f"{part} of {self.name}"
+
+    def _part(self, part: str) -> tuple[dict[str, Tensor], dict]:
+        self.require(part)
+        return read_weights(self._files(part)), self._settings(part)
+
+    def _files(self, part: str) -> list[Path]:
+        file = self.root / _PUBLISHED[part]
+        return [file] if file.is_file() else weight_files(self.root / part)
+
+    def _settings(self, part: str) -> dict:
+        """A part's own config.json in diffusers' layout; beside a published file, an optional PART_config.json."""
+        is_published = (self.root / _PUBLISHED[part]).is_file()
+        return read_json(self.root / f"{part}_config.json" if is_published else self.root / part / "config.json")
+
+    def _lacking(self, part: str) -> list[str]:
+        lacking = [] if self._files(part) else [f"{_PUBLISHED[part]} (or {part}/)"]
+        if part == "text_encoder" and not any((self.root / name / "tokenizer.json").is_file() for name in _TOKENIZERS):
+            lacking.append(f"{_TOKENIZERS[0]}/tokenizer.json (or {_TOKENIZERS[1]}/)")
+        return lacking
+
+
+def _transformer_directory(root: Path) -> Path:
+    inner = root / "transformer"
+    return inner if (inner / "config.json").is_file() else root
+
+
+def _has_word(name: str, word: str) -> bool:
+    """Whether `word` stands alone in the name's last part, between anything but letters and digits."""
+    return bool(re.search(rf"(?<![a-z0-9]){word}(?![a-z0-9])", name.rpartition("/")[2], re.IGNORECASE))

@@ -1,0 +1,117 @@
+"""Weight files: which ones a directory holds, and their tensors, memory-mapped."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})")
+_KNOWN_STEMS = ("model", "diffusion_pytorch_model")
+# Weights of other parts, which lie beside the transformer's in the published layout.
+_OTHER_PARTS = ("Wan2.1_VAE", "models_t5", "models_clip")
+
+
+class CheckpointError(ValueError):
+    """A model directory that is unknown, incomplete, damaged or not what it says it is."""
+
+
+def read_json(file: Path) -> dict:
+    """The object in a JSON file; {} where there is no file. Raises CheckpointError when it is not a JSON object."""
+    if not file.is_file():
+        return {}
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is not readable JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file} holds no JSON object")
+    return values
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that together hold one model's weights; [] where there are none.
+
+    Taken in this order: X.safetensors, the shards that X.safetensors.index.json names, X-000NN-of-000MM.safetensors,
+    X.pth; with X = model, then diffusion_pytorch_model, then the one other name there is.
+
+    Raises:
+        CheckpointError: a shard is missing, or several names are there and none is known.
+    """
+    for stem in _KNOWN_STEMS:
+        if files := _files_named(directory, stem):
+            return files
+    stems = sorted({_stem(file) for file in (*directory.glob("*.safetensors"), *directory.glob("*.pth"))})
+    stems = [stem for stem in stems if not stem.startswith(_OTHER_PARTS)]
+    if len(stems) > 1:
+        raise CheckpointError(
+            f"{directory} holds weights named {', '.join(stems)}: name those to use model.safetensors"
+        )
+    return _files_named(directory, stems[0]) if stems else []
+
+
+def _stem(file: Path) -> str:
+    shard = _SHARD.fullmatch(file.stem)
+    return shard[1] if shard else file.stem
+
+
+def _files_named(directory: Path, stem: str) -> list[Path]:
+    single = directory / f"{stem}.safetensors"
+    if single.is_file():
+        return [single]
+    index = directory / f"{stem}.safetensors.index.json"
+    names = _index_shards(index) if index.is_file() else _numbered_shards(directory, stem)
+    if missing := [name for name in names if not (directory / name).is_file()]:
+        raise CheckpointError(f"{directory} lacks {', '.join(missing)} of its {len(names)} weight files: download them")
+    single_pth = directory / f"{stem}.pth"
+    return [directory / name for name in names] or ([single_pth] if single_pth.is_file() else [])
+
+
+def _index_shards(index: Path) -> list[str]:
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise CheckpointError(f"{index} holds no weight_map")
+    return sorted(set(shards.values()))
+
+
+def _numbered_shards(directory: Path, stem: str) -> list[str]:
+    shards = [_SHARD.fullmatch(file.stem) for file in directory.glob(f"{stem}-*.safetensors")]
+    counts = sorted({shard[2] for shard in shards if shard and shard[1] == stem})
+    return [f"{stem}-{i:05d}-of-{count}.safetensors" for count in counts for i in range(1, int(count) + 1)]
+
+
+@torch.inference_mode(False)
+def read_weights(files: Iterable[Path]) -> dict[str, Tensor]:
+    """Every tensor of the files by name, on the CPU, mapped: data is read from disk only when it is used.
+
+    Raises CheckpointError when a file is damaged or a name comes twice.
+    """
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        tensors = _read(file)
+        if twice := weights.keys() & tensors.keys():
+            raise CheckpointError(f"{file} holds {min(twice)}, which another weight file beside it holds too")
+        weights.update(tensors)
+    return weights
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as opened:
+                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{file} cannot be read, download it again ({reason})") from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise CheckpointError(f"{file} holds something else than named tensors")
+    return dict(tensors)

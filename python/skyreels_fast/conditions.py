@@ -1,0 +1,119 @@
+"""What a window is given besides noise: text and image contexts, held latents, the image's channels."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from . import media
+from .checkpoint import Checkpoint
+from .config import VAE_STRIDE
+from .encoders.image import ImageEncoder
+from .encoders.text import TextEncoder
+from .placement import Placement
+from .request import Settings
+from .vae import VAE
+
+CLIP_TOKENS = (1, 257, 1280)
+
+
+class Conditions:
+    """The encoders of one checkpoint: each is loaded when first needed and leaves when it has run."""
+
+    def __init__(self, checkpoint: Checkpoint, placement: Placement, dtype: torch.dtype) -> None:
+        self.checkpoint, self.placement, self.dtype = checkpoint, placement, dtype
+        self._contexts: dict[str, Tensor] = {}
+
+    def check(self, settings: Settings, guided: bool) -> None:
+        """Raises ValueError for tensors of the wrong shape and for encoders the request needs but the model lacks."""
+        config = self.checkpoint.config
+        for name in ("context", "negative_context"):
+            context = getattr(settings, name)
+            if context is not None and not _is_context(context, config.text_len, config.text_dim):
+                raise ValueError(
+                    f"{name}: shape {tuple(context.shape)} is not [n, {config.text_dim}] with n from 1 to "
+                    f"{config.text_len}"
+                )
+        if settings.context is None or (guided and settings.negative_context is None):
+            self.checkpoint.require("text_encoder")
+        if settings.mode != "i2v":
+            return
+        if settings.clip_features is None:
+            self.checkpoint.require("image_encoder")
+        elif tuple(settings.clip_features.shape) != CLIP_TOKENS:
+            raise ValueError(f"clip_features: shape {tuple(settings.clip_features.shape)} is not {list(CLIP_TOKENS)}")
+
+    def texts(self, settings: Settings, guided: bool) -> list[Tensor]:
+        """The conditional and, if guided, the unconditional context, each [1, n, text_dim]."""
+        wanted = [(settings.context, settings.prompt)]
+        if guided:
+            wanted.append((settings.negative_context, settings.negative_prompt))
+        unknown = {prompt for context, prompt in wanted if context is None} - self._contexts.keys()
+        if unknown:
+            prompts = [prompt for context, prompt in wanted if context is None]
+            self._contexts = dict(zip(prompts, self._encode(prompts), strict=True))
+        return [(self._contexts[prompt] if context is None else context)[None] for context, prompt in wanted]
+
+    def image_tokens(self, settings: Settings) -> Tensor | None:
+        """CLIP tokens [1, 257, 1280] of an I2V request's image."""
+        if settings.mode != "i2v" or settings.clip_features is not None:
+            return settings.clip_features
+        encoder = ImageEncoder.load(self.checkpoint, self.dtype)
+        image = media.fit_image(media.load_image(settings.image), settings.height, settings.width)
+        with self.placement.use(encoder, stay=False):
+            return encoder.encode(image.transpose(0, 1))
+
+    def _encode(self, prompts: list[str]) -> list[Tensor]:
+        encoder = TextEncoder.load(self.checkpoint, self.dtype)
+        with self.placement.use(encoder, stay=False):
+            return encoder.encode(prompts)
+
+
+class History:
+    """The last pixel frames put out, which the next window begins with; on the host, so that the device is free."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._chunks = limit, deque[Tensor]()
+        self.frames = 0
+
+    def add(self, chunk: Tensor) -> None:
+        """Append frames [1, 3, t, H, W] in [−1, 1] and forget those beyond the limit."""
+        if not self._limit:
+            return
+        self._chunks.append(chunk.cpu())
+        self.frames += chunk.shape[2]
+        while self.frames > self._limit:
+            surplus, oldest = self.frames - self._limit, self._chunks.popleft()
+            if oldest.shape[2] > surplus:
+                self._chunks.appendleft(oldest[:, :, surplus:].clone())
+            self.frames -= min(surplus, oldest.shape[2])
+
+    def chunks(self) -> Iterator[Tensor]:
+        return iter(self._chunks)
+
+
+def image_latent(vae: VAE, image: media.ImageLike, settings: Settings) -> Tensor:
+    """An image as one latent frame [1, 16, 1, h, w]."""
+    return vae.encode(media.fit_image(media.load_image(image), settings.height, settings.width)[None])
+
+
+def image_channels(vae: VAE, settings: Settings, latents: int) -> Tensor:
+    """I2V's 20 extra channels [1, 20, F, h, w]: 4 of mask, 1 on the given frame, and the latents of (image, zeros)."""
+
+    def frames() -> Iterator[Tensor]:
+        image = media.fit_image(media.load_image(settings.image), settings.height, settings.width)[None]
+        yield image
+        empty = torch.zeros_like(image).expand(-1, -1, VAE_STRIDE[0], -1, -1)
+        yield from (empty for _ in range(latents - 1))
+
+    encoded = vae.encode_stream(frames())
+    mask = torch.zeros_like(encoded[:, :4])
+    mask[:, :, 0] = 1
+    return torch.cat([mask, encoded], dim=1)
+
+
+def _is_context(context: Tensor, text_len: int, text_dim: int) -> bool:
+    return context.ndim == 2 and 1 <= context.shape[0] <= text_len and context.shape[1] == text_dim

@@ -1,0 +1,205 @@
+"""The video DiT: embed, run the blocks, head. It keeps no state from one call to the next.
+
+Parameters carry the published names, save that the projections of one input are one: self_attn.qkv, cross_attn.kv,
+cross_attn.kv_img. `DiT.key_parts` says which published tensors make which of ours.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from skyreels_fast.config import TransformerConfig
+from skyreels_fast.dit.block import Attend, Block, Grid, KeysValues
+from skyreels_fast.dit.embeddings import (
+    ImageEmbedding,
+    linear_fp32,
+    mlp_fp32,
+    patches,
+    project_fp32,
+    sinusoid,
+    unpatch,
+)
+from skyreels_fast.ops import attention, norm_scale_shift
+
+IMAGE_DIM = 1280  # CLIP ViT-H/14 tokens
+
+FUSED = {"qkv": ("q", "k", "v"), "kv": ("k", "v"), "kv_img": ("k_img", "v_img")}
+_FUSED_KEY = re.compile(r"(.*_attn\.)(qkv|kv|kv_img)(\.\w+)")
+
+
+class Embedded(NamedTuple):
+    """What `DiT.embed` returns: the tokens, their modulation (F' = 1 or a row a latent frame) and their grid."""
+
+    x: Tensor  # [B, L, D] in the weights' dtype
+    e: Tensor  # [B, F', D] float32
+    e0: Tensor  # [B, F', 6, D] float32
+    grid: Grid  # (f, h, w) with L = f * h * w
+
+
+class Context:
+    """A condition: embedded text [B, text_len, D] and image [B, n, D] or None, with every block's keys and values.
+
+    They depend on nothing else, so each block's are computed when first asked for and kept; with gradients enabled
+    nothing is kept.
+    """
+
+    def __init__(self, text: Tensor, image: Tensor | None = None) -> None:
+        self.text = text
+        self.image = image
+        self._kept: dict[int, KeysValues] = {}
+
+    def keys_values(self, index: int, block: Block) -> KeysValues:
+        """The keys and values of `block`, which is the model's block number `index`."""
+        if torch.is_grad_enabled():
+            return block.cross_attn.keys_values(self.text, self.image)
+        if index not in self._kept:
+            self._kept[index] = block.cross_attn.keys_values(self.text, self.image)
+        return self._kept[index]
+
+
+class Head(nn.Module):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        self.head = nn.Linear(config.dim, config.out_dim * 4)
+
+    def forward(self, x: Tensor, e: Tensor, grid: Grid) -> Tensor:
+        """Tokens x [B, L, D] with e [B, F', D] to latents [B, out_dim, F, H, W], all in float32."""
+        shift, scale = (self.modulation.float() + e.unsqueeze(2)).unbind(2)
+        y = norm_scale_shift(x, scale, shift, eps=self.eps, out_dtype=torch.float32)
+        return unpatch(linear_fp32(self.head, y), grid)
+
+
+class DiT(nn.Module):
+    """The transformer of a SkyReels-V2 checkpoint; build it under `torch.device("meta")` to load weights into it."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = nn.Conv3d(config.in_dim, dim, kernel_size=(1, 2, 2), stride=(1, 2, 2))
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        if config.inject_sample_info:
+            self.fps_embedding = nn.Embedding(2, dim)
+            self.fps_projection = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 6 * dim))
+        if config.model_type == "i2v":
+            self.img_emb = ImageEmbedding(IMAGE_DIM, dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+
+    def key_parts(self) -> dict[str, tuple[str, ...]]:
+        """Every parameter's name with the published tensors that are it, concatenated on dimension 0."""
+        parts: dict[str, tuple[str, ...]] = {}
+        for name, _ in self.named_parameters():
+            fused = _FUSED_KEY.fullmatch(name)
+            parts[name] = tuple(f"{fused[1]}{part}{fused[3]}" for part in FUSED[fused[2]]) if fused else (name,)
+        return parts
+
+    def encode_context(self, text: Tensor, image: Tensor | None = None) -> Context:
+        """The Context of text embeddings [B, n <= text_len, text_dim] and, for I2V, CLIP tokens [B, 257, 1280].
+
+        The text is padded with zeros to text_len, all of which is attended to. Raises ValueError for shapes that do
+        not fit, and for an image too many or too few.
+        """
+        config = self.config
+        if text.dim() != 3 or text.shape[2] != config.text_dim:
+            raise ValueError(f"text embeddings must be [B, n, {config.text_dim}], not {list(text.shape)}")
+        if text.shape[1] > config.text_len:
+            raise ValueError(f"{text.shape[1]} text tokens are too many, the model takes {config.text_len}")
+        if (image is None) == (config.model_type == "i2v"):
+            needs = "needs CLIP image tokens" if image is None else "takes no image tokens"
+            raise ValueError(f"a {config.model_type} model {needs}")
+        if image is not None and (image.dim() != 3 or image.shape[::2] != (text.shape[0], IMAGE_DIM)):
+            raise ValueError(f"image tokens must be [{text.shape[0]}, n, {IMAGE_DIM}], not {list(image.shape)}")
+        weight = self.text_embedding[0].weight
+        padded = functional.pad(text, (0, 0, 0, config.text_len - text.shape[1]))
+        tokens = self.text_embedding(padded.to(weight))
+        return Context(tokens, None if image is None else self.img_emb(image.to(weight)))
+
+    def time_embedding_of(self, timestep: Tensor, fps: int | None = None) -> tuple[Tensor, Tensor]:
+        """e [B, F', D] and e0 [B, F', 6, D], float32, of timestep [B] (F' = 1) or [B, F] (F' = F).
+
+        Models with inject_sample_info tell 16 fps from any other; the rest ignore `fps`. Raises ValueError where such
+        a model gets none.
+        """
+        rows = timestep.to(self.time_embedding[0].weight.device).reshape(timestep.shape[0], -1)
+        e = mlp_fp32(self.time_embedding, sinusoid(rows, self.config.freq_dim))
+        e0 = project_fp32(self.time_projection[1], functional.silu(e), 6)
+        if not self.config.inject_sample_info:
+            return e, e0
+        if fps is None:
+            raise ValueError("this model is conditioned on the frame rate: give fps, got None")
+        row = self.fps_embedding.weight[0 if fps == 16 else 1]
+        hidden = functional.silu(linear_fp32(self.fps_projection[0], row))
+        return e, e0 + project_fp32(self.fps_projection[2], hidden, 6)
+
+    def embed(self, latents: Tensor, timestep: Tensor, fps: int | None = None) -> Embedded:
+        """Tokens and modulation of latents [B, in_dim, F, H, W] at timestep [B], or [B, F] for one a latent frame.
+
+        Raises ValueError for shapes that do not fit.
+        """
+        if latents.dim() != 5 or latents.shape[1] != self.config.in_dim:
+            raise ValueError(f"latents must be [B, {self.config.in_dim}, F, H, W], not {list(latents.shape)}")
+        batch, _, frames, height, width = latents.shape
+        if height % 2 or width % 2:
+            raise ValueError(f"latents of {height} x {width} do not split into 2 x 2 patches, both must be even")
+        if timestep.shape not in ((batch,), (batch, frames)):
+            raise ValueError(f"timestep must be [{batch}] or [{batch}, {frames}], not {list(timestep.shape)}")
+        e, e0 = self.time_embedding_of(timestep, fps)
+        weight = self.patch_embedding.weight
+        x = functional.linear(patches(latents.to(weight)), weight.flatten(1), self.patch_embedding.bias)
+        return Embedded(x, e, e0, (frames, height // 2, width // 2))
+
+    def run_blocks(
+        self,
+        x: Tensor,
+        e0: Tensor,
+        context: Context,
+        grid: Grid,
+        *,
+        causal_block_size: int | None = None,
+        blocks: Iterable[Block] | None = None,
+        attend: Attend | None = None,
+        token_range: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """x [B, L, D] through all blocks.
+
+        causal_block_size: None, or the latent frames of a block that sees itself and the earlier ones only.
+        blocks: the model's blocks in order, where not `self.blocks`; each is used before the next is asked for.
+        attend: self-attention, called as `ops.attention`. token_range: x holds these of the h * w tokens of each
+        frame, a shard; `grid` and the blocks that `attend` is asked for are the whole's. Raises ValueError for
+        values that do not fit.
+        """
+        if causal_block_size is not None and causal_block_size < 1:
+            raise ValueError(f"causal_block_size must be at least 1, not {causal_block_size}")
+        if context.text.shape[0] != x.shape[0]:
+            raise ValueError(f"the context is for {context.text.shape[0]} videos, the latents are {x.shape[0]}")
+        block_tokens = None if causal_block_size is None else causal_block_size * grid[1] * grid[2]
+        options = {"block_tokens": block_tokens, "attend": attend or attention, "token_range": token_range}
+        for index, block in enumerate(self.blocks if blocks is None else blocks):
+            x = block(x, e0, context.keys_values(index, block), grid, **options)
+        return x
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        context: Context,
+        fps: int | None = None,
+        causal_block_size: int | None = None,
+    ) -> Tensor:
+        """Velocity [B, out_dim, F, H, W] float32 of latents [B, in_dim, F, H, W]; arguments as in `embed`."""
+        x, e, e0, grid = self.embed(latents, timestep, fps)
+        x = self.run_blocks(x, e0, context, grid, causal_block_size=causal_block_size)
+        return self.head(x, e, grid)

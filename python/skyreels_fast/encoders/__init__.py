@@ -1,0 +1,1 @@
+"""What the transformer is told: prompts through UMT5, images through CLIP."""

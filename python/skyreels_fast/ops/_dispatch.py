@@ -1,0 +1,69 @@
+"""Which backends this machine has, and the choice among them.
+
+    cuda     the extension skyreels_fast._C, on CUDA tensors
+    triton   Triton kernels, on CUDA tensors; on CPU tensors too where TRITON_INTERPRET=1 was set before Triton's import
+    ref      plain torch, everywhere
+
+Found once, at import. Triton and the extension may both be missing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit: Any = triton.jit
+except ImportError:
+    triton = tl = None
+
+    def jit(kernel: Any) -> Any:
+        """Leave the kernel a function that nobody calls."""
+        return kernel
+
+
+def _import_extension() -> ModuleType | None:
+    # A module that is there but does not load raises: it must not pass for one that was never built.
+    name = "skyreels_fast._C"
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None
+
+
+extension: Any = _import_extension()
+_INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+_PRESENT = {
+    "cuda": [name for name, there in (("cuda", extension), ("triton", triton), ("ref", True)) if there],
+    "cpu": ["ref", "triton"] if _INTERPRETED else ["ref"],
+}
+logger.info("backends by device, the preferred first: %s", _PRESENT)
+
+
+def available(device_type: str, offered: tuple[str, ...] = ("cuda", "triton", "ref")) -> list[str]:
+    """Those of `offered` that run on tensors of `device_type` here, the preferred first."""
+    return [name for name in _PRESENT.get(device_type, ["ref"]) if name in offered]
+
+
+def choose(op: str, backend: str | None, device_type: str, offered: tuple[str, ...] = ("cuda", "triton", "ref")) -> str:
+    """`backend`, or the preferred one where it is None. Raises ValueError for one that is not available."""
+    names = available(device_type, offered)
+    if backend is None:
+        return names[0]
+    if backend not in names:
+        raise ValueError(f"{op}: backend {backend!r} is not available for {device_type}, only {', '.join(names)}")
+    return backend
+
+
+def current_stream(x: Tensor) -> int:
+    """The handle of the stream that torch uses on x's device."""
+    return torch.cuda.current_stream(x.device).cuda_stream

@@ -1,0 +1,232 @@
+"""LayerNorm with modulation, gate and residual: what stands between a block's matrix products.
+
+    norm(x)     = (x - mean) / sqrt(variance + eps), over D, times weight plus bias when they are given
+    y           = norm(x) * (1 + scale) + shift
+    residual'   = residual + gate * x
+
+x, residual: [B, L, D]; scale, shift, gate: [B, F, D], one row a latent frame: token l takes row l // (L // F), so the
+modulation is never as long as the tokens. weight, bias: [D]. Any float dtypes; the math and every sum is float32
+(float64 where an input is). The last dimension of every tensor should be contiguous; other strides are free.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+BACKENDS = ("ref",)
+
+
+def _modulate(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    if scale is None or shift is None:
+        return x
+    frames = x.unflatten(1, (scale.shape[1], -1))
+    return (frames * (1 + scale.to(x.dtype)).unsqueeze(2) + shift.to(x.dtype).unsqueeze(2)).flatten(1, 2)
+
+
+def _gated_sum(residual: Tensor, x: Tensor, gate: Tensor | None, math_dtype: torch.dtype) -> Tensor:
+    residual, x = residual.to(math_dtype), x.to(math_dtype)
+    if gate is None:
+        return residual + x
+    frames = x.unflatten(1, (gate.shape[1], -1)) * gate.to(math_dtype).unsqueeze(2)
+    return residual + frames.flatten(1, 2)
+
+
+def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    if weight is not None and bias is not None:
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    return functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def norm_scale_shift_ref(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
+    math_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """`norm_scale_shift` in plain torch, computed in `math_dtype`."""
+    y = _modulate(_norm(x.to(math_dtype), weight, bias, eps), scale, shift)
+    return y.to(out_dtype or x.dtype)
+
+
+def scale_residual_ref(
+    residual: Tensor,
+    x: Tensor,
+    gate: Tensor | None,
+    *,
+    out_dtype: torch.dtype | None = None,
+    math_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """`scale_residual` in plain torch, computed in `math_dtype`."""
+    return _gated_sum(residual, x, gate, math_dtype).to(out_dtype or residual.dtype)
+
+
+def scale_residual_norm_scale_shift_ref(
+    residual: Tensor,
+    x: Tensor,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    residual_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+    math_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """`scale_residual_norm_scale_shift` in plain torch, computed in `math_dtype`."""
+    total = _gated_sum(residual, x, gate, math_dtype)
+    y = _modulate(_norm(total, weight, bias, eps), scale, shift)
+    return total.to(residual_dtype or residual.dtype), y.to(out_dtype or x.dtype)
+
+
+def norm_scale_shift_cost(
+    shape: tuple[int, int, int], frames: int, *, x_bytes: int = 2, out_bytes: int = 2
+) -> tuple[int, int]:
+    """(bytes moved, flops) of one call on x of `shape` [B, L, D] with float32 modulation of `frames` rows."""
+    batch, tokens, dim = shape
+    elements = batch * tokens * dim
+    return elements * (x_bytes + out_bytes) + 2 * batch * frames * dim * 4, 9 * elements
+
+
+def scale_residual_cost(
+    shape: tuple[int, int, int], frames: int, *, residual_bytes: int = 4, x_bytes: int = 2, out_bytes: int = 2
+) -> tuple[int, int]:
+    """(bytes moved, flops) of one call on x of `shape` [B, L, D] with a float32 gate of `frames` rows."""
+    batch, tokens, dim = shape
+    elements = batch * tokens * dim
+    return elements * (residual_bytes + x_bytes + out_bytes) + batch * frames * dim * 4, 2 * elements
+
+
+def scale_residual_norm_scale_shift_cost(
+    shape: tuple[int, int, int],
+    frames: int,
+    *,
+    residual_bytes: int = 4,
+    x_bytes: int = 2,
+    residual_out_bytes: int = 4,
+    out_bytes: int = 2,
+) -> tuple[int, int]:
+    """(bytes moved, flops) of one call on x of `shape` [B, L, D] with float32 gate and modulation of `frames` rows."""
+    batch, tokens, dim = shape
+    elements = batch * tokens * dim
+    moved = elements * (residual_bytes + x_bytes + residual_out_bytes + out_bytes)
+    return moved + 3 * batch * frames * dim * 4, 11 * elements
+
+
+def _math_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _check_backend(name: str, backend: str | None) -> None:
+    if backend not in (None, *BACKENDS):
+        raise ValueError(f"{name}: backend {backend!r} is not available here, only {', '.join(BACKENDS)}")
+
+
+def _check_tokens(name: str, x: Tensor, residual: Tensor | None = None) -> None:
+    if x.dim() != 3:
+        raise ValueError(f"{name}: x must be [B, L, D], not {list(x.shape)}")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"{name}: residual {list(residual.shape)} and x {list(x.shape)} must have one shape")
+
+
+def _check_rows(name: str, x: Tensor, **rows: Tensor | None) -> None:
+    batch, tokens, dim = x.shape
+    for label, row in rows.items():
+        if row is None:
+            continue
+        if row.dim() != 3 or row.shape[0] != batch or row.shape[2] != dim:
+            raise ValueError(f"{name}: {label} must be [B, F, D] = [{batch}, F, {dim}], not {list(row.shape)}")
+        if row.shape[1] == 0 or tokens % row.shape[1]:
+            raise ValueError(f"{name}: {tokens} tokens do not split into the {row.shape[1]} frames of {label}")
+
+
+def _check_norm(
+    name: str, x: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> None:
+    if (scale is None) != (shift is None):
+        raise ValueError(f"{name}: scale and shift come together, {'scale' if scale is None else 'shift'} is None")
+    if scale is not None and shift is not None and scale.shape != shift.shape:
+        raise ValueError(f"{name}: scale {list(scale.shape)} and shift {list(shift.shape)} must have one shape")
+    _check_rows(name, x, scale=scale, shift=shift)
+    if (weight is None) != (bias is None):
+        raise ValueError(f"{name}: weight and bias come together, {'weight' if weight is None else 'bias'} is None")
+    for label, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None and vector.shape != x.shape[2:]:
+            raise ValueError(f"{name}: {label} must be [D] = [{x.shape[2]}], not {list(vector.shape)}")
+
+
+def norm_scale_shift(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """LayerNorm of x [B, L, D] over D, then modulation by its frame's row of scale and shift [B, F, D].
+
+    weight and bias [D] make the norm affine; scale and shift may be None together. Returns [B, L, D] in `out_dtype`
+    (default: x's). Raises ValueError for shapes that do not fit, or a backend that is not there.
+    """
+    name = "norm_scale_shift"
+    _check_backend(name, backend)
+    _check_tokens(name, x)
+    _check_norm(name, x, scale, shift, weight, bias)
+    return norm_scale_shift_ref(x, scale, shift, weight, bias, eps=eps, out_dtype=out_dtype, math_dtype=_math_dtype(x))
+
+
+def scale_residual(
+    residual: Tensor,
+    x: Tensor,
+    gate: Tensor | None,
+    *,
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """residual + gate * x for residual, x [B, L, D] and gate [B, F, D] (None: 1).
+
+    Returns [B, L, D] in `out_dtype` (default: residual's). Raises ValueError as `norm_scale_shift` does.
+    """
+    name = "scale_residual"
+    _check_backend(name, backend)
+    _check_tokens(name, x, residual)
+    _check_rows(name, x, gate=gate)
+    return scale_residual_ref(residual, x, gate, out_dtype=out_dtype, math_dtype=_math_dtype(residual, x))
+
+
+def scale_residual_norm_scale_shift(
+    residual: Tensor,
+    x: Tensor,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    residual_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`scale_residual`, then `norm_scale_shift` of the sum before it is rounded: (residual', y), both [B, L, D].
+
+    residual' has `residual_dtype` (default: residual's), y `out_dtype` (default: x's). Arguments and errors as there.
+    """
+    name = "scale_residual_norm_scale_shift"
+    _check_backend(name, backend)
+    _check_tokens(name, x, residual)
+    _check_rows(name, x, gate=gate)
+    _check_norm(name, x, scale, shift, weight, bias)
+    dtypes = {"residual_dtype": residual_dtype, "out_dtype": out_dtype, "math_dtype": _math_dtype(residual, x)}
+    return scale_residual_norm_scale_shift_ref(residual, x, gate, scale, shift, weight, bias, eps=eps, **dtypes)

@@ -1,0 +1,171 @@
+"""RMSNorm of queries and keys over all heads together, then rotary positions in time, height and width.
+
+    norm(x)  = x / sqrt(mean(x^2) + eps) * weight, over the N * Dh channels of a token
+    out_2j   = norm_2j cos a_j - norm_2j+1 sin a_j          (a head's Dh / 2 complex pairs, interleaved)
+    out_2j+1 = norm_2j sin a_j + norm_2j+1 cos a_j
+
+Of a head's d / 2 pairs the first d/2 - 2 (d/6) turn with the frame, then d/6 with the row, d/6 with the column (integer
+division): a_j = position * theta^(-i / n) for pair i of the n in its part. Positions count from 0; frames from
+`frame_offset`. q, k: [B, L, N, Dh], L = f * h * w tokens in (f, h, w) order; views of a fused QKV output are fine.
+Angles are float64, norm and rotation float32 (float64 for float64 input); the result has the input's dtype.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("ref",)
+Grid = tuple[int, int, int]
+
+
+def _axis_angles(length: int, start: int, pairs: int, theta: float, device: torch.device) -> Tensor:
+    positions = torch.arange(start, start + length, dtype=torch.float64, device=device)
+    exponents = torch.arange(pairs, dtype=torch.float64, device=device) / max(pairs, 1)
+    return torch.outer(positions, theta**-exponents)
+
+
+@lru_cache(maxsize=2)
+def _rope_table(
+    grid: Grid,
+    token_range: tuple[int, int],
+    frame_offset: int,
+    head_dim: int,
+    theta: float,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [L, Dh / 2] of every token's angles."""
+    spatial = head_dim // 6
+    parts = (head_dim // 2 - 2 * spatial, spatial, spatial)
+    frames, height, width = grid
+    start, stop = token_range
+    # Kept across calls, so it must not be an inference tensor: autograd could not save it later.
+    with torch.inference_mode(False), torch.no_grad():
+        f, h, w = (
+            _axis_angles(length, first, pairs, theta, device)
+            for length, first, pairs in zip(grid, (frame_offset, 0, 0), parts, strict=True)
+        )
+        rows = torch.cat((h[:, None].expand(-1, width, -1), w.expand(height, -1, -1)), dim=-1)
+        rows = rows.flatten(0, 1)[start:stop]
+        angles = torch.cat((f[:, None].expand(-1, stop - start, -1), rows.expand(frames, -1, -1)), dim=-1)
+        angles = angles.flatten(0, 1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1).flatten(-2)
+
+
+def qk_norm_ref(x: Tensor, weight: Tensor, *, eps: float = 1e-6, math_dtype: torch.dtype = torch.float32) -> Tensor:
+    """`qk_norm` in plain torch, computed and returned in `math_dtype`."""
+    x = x.to(math_dtype)
+    mean_square = x.square().mean(dim=(-2, -1), keepdim=True)
+    return x * torch.rsqrt(mean_square + eps) * weight.to(math_dtype).view(x.shape[-2:])
+
+
+def qk_norm_rope3d_ref(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    grid: Grid,
+    *,
+    eps: float = 1e-6,
+    frame_offset: int = 0,
+    token_range: tuple[int, int] | None = None,
+    theta: float = 10000.0,
+    math_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """`qk_norm_rope3d` in plain torch, computed in `math_dtype`; angles are float64 always."""
+    token_range = token_range or (0, grid[1] * grid[2])
+    cos, sin = _rope_table(grid, token_range, frame_offset, q.shape[-1], theta, q.device, math_dtype)
+    q_out = _rotate(qk_norm_ref(q, q_weight, eps=eps, math_dtype=math_dtype), cos, sin)
+    k_out = _rotate(qk_norm_ref(k, k_weight, eps=eps, math_dtype=math_dtype), cos, sin)
+    return q_out.to(q.dtype), k_out.to(k.dtype)
+
+
+def qk_norm_cost(shape: tuple[int, int, int, int], *, itemsize: int = 2) -> tuple[int, int]:
+    """(bytes moved, flops) of one call on x of `shape` [B, L, N, Dh]."""
+    elements = shape[0] * shape[1] * shape[2] * shape[3]
+    return 2 * elements * itemsize, 4 * elements
+
+
+def qk_norm_rope3d_cost(shape: tuple[int, int, int, int], *, itemsize: int = 2) -> tuple[int, int]:
+    """(bytes moved, flops) of one call on q and k of `shape` [B, L, N, Dh]; the angles are no traffic."""
+    elements = shape[0] * shape[1] * shape[2] * shape[3]
+    return 4 * elements * itemsize, 14 * elements
+
+
+def _check_backend(name: str, backend: str | None) -> None:
+    if backend not in (None, *BACKENDS):
+        raise ValueError(f"{name}: backend {backend!r} is not available here, only {', '.join(BACKENDS)}")
+
+
+def _check_norm(name: str, label: str, x: Tensor, weight: Tensor) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"{name}: {label} must be [B, L, N, Dh], not {list(x.shape)}")
+    if weight.shape != (x.shape[2] * x.shape[3],):
+        raise ValueError(
+            f"{name}: the weight of {label} must be [N * Dh] = [{x.shape[2] * x.shape[3]}], not {list(weight.shape)}"
+        )
+
+
+def _check_grid(name: str, q: Tensor, k: Tensor, grid: Grid, token_range: tuple[int, int] | None) -> None:
+    if q.shape != k.shape or q.dtype != k.dtype:
+        raise ValueError(
+            f"{name}: q {list(q.shape)} {q.dtype} and k {list(k.shape)} {k.dtype} must have one shape and dtype"
+        )
+    if q.shape[3] % 2:
+        raise ValueError(f"{name}: a head of {q.shape[3]} channels has no complex pairs, the size must be even")
+    if len(grid) != 3 or min(grid) < 1:
+        raise ValueError(f"{name}: grid must be (f, h, w), each at least 1, not {grid}")
+    start, stop = token_range or (0, grid[1] * grid[2])
+    if not 0 <= start < stop <= grid[1] * grid[2]:
+        raise ValueError(f"{name}: token_range {token_range} is not within a frame's {grid[1] * grid[2]} tokens")
+    if q.shape[1] != grid[0] * (stop - start):
+        raise ValueError(f"{name}: {q.shape[1]} tokens are not grid {grid}, {grid[0] * (stop - start)} tokens")
+
+
+def qk_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, backend: str | None = None) -> Tensor:
+    """RMSNorm of x [B, L, N, Dh] over all heads together, times weight [N * Dh]; shape and dtype of x.
+
+    Raises ValueError for shapes that do not fit, or a backend that is not there.
+    """
+    _check_backend("qk_norm", backend)
+    _check_norm("qk_norm", "x", x, weight)
+    return qk_norm_ref(x, weight, eps=eps, math_dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
+
+
+def qk_norm_rope3d(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    grid: Grid,
+    *,
+    eps: float = 1e-6,
+    frame_offset: int = 0,
+    token_range: tuple[int, int] | None = None,
+    theta: float = 10000.0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm over all heads together, then 3D rotary positions, of q and k [B, L, N, Dh].
+
+    q_weight, k_weight: [N * Dh]. grid: the (f, h, w) that L counts; `frame_offset` is the position of its first frame.
+    With `token_range` (start, stop) the tokens are those of h * w alone in every frame, L = f * (stop - start): a
+    shard's. Returns (q, k) of the given shape and dtype. Raises ValueError for shapes that do not fit, or a backend
+    that is not there.
+    """
+    name = "qk_norm_rope3d"
+    _check_backend(name, backend)
+    _check_norm(name, "q", q, q_weight)
+    _check_norm(name, "k", k, k_weight)
+    _check_grid(name, q, k, grid, token_range)
+    places = {"frame_offset": frame_offset, "token_range": token_range, "theta": theta}
+    math_dtype = torch.promote_types(q.dtype, torch.float32)
+    return qk_norm_rope3d_ref(q, k, q_weight, k_weight, tuple(grid), eps=eps, math_dtype=math_dtype, **places)

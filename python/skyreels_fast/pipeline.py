@@ -1,0 +1,278 @@
+"""The corridor: prompt → context → windows → noise → denoise → latents → VAE → frames."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import media
+from .checkpoint import Checkpoint
+from .conditions import Conditions, History, image_channels, image_latent
+from .config import LATENT_CHANNELS, VAE_STRIDE
+from .dit.model import Context, DiT
+from .placement import Placement
+from .plan import Plan
+from .request import Request, Settings, resolve
+from .sampling.denoise import denoise
+from .sampling.teacache import TeaCacheSettings
+from .sampling.windows import Window
+from .vae import VAE
+
+MODES = ("df", "t2v", "i2v")
+
+
+class Progress:
+    """What a run reports as it goes; override what you want to show."""
+
+    def stage(self, name: str) -> None:
+        """A stage begins: "text", "image", "load", "encode", "denoise" or "decode"."""
+
+    def window(self, index: int, count: int, calls: int) -> None:
+        """Window `index` of `count` begins to denoise; `step` will be called `calls` times."""
+
+    def step(self) -> None:
+        """One row of the schedule is done: every latent frame that it moves has moved."""
+
+
+@dataclass
+class Result:
+    """What a run gives.
+
+    frames: uint8 [F, H, W, 3], or with stream=True an iterator of such chunks, decoded as they are asked for.
+    latents: one [1, 16, f, h, w] float32 tensor a window, as handed to the VAE; fills up as a stream is read.
+    timings: seconds spent in each stage so far.
+    """
+
+    plan: Plan
+    frames: Tensor | Iterator[Tensor] = field(default_factory=lambda: iter(()))
+    latents: list[Tensor] = field(default_factory=list)
+    timings: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> Settings:
+        return self.plan.settings
+
+
+class Pipeline:
+    """One model directory, ready to render requests. Make it with `from_pretrained`."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, offload: bool, mode: str
+    ) -> None:
+        self.checkpoint, self.device, self.dtype, self.mode = checkpoint, device, dtype, mode
+        self.placement = Placement(device, offload=offload)
+        self.conditions = Conditions(checkpoint, self.placement, dtype)
+        self._dit: DiT | None = None
+        self._vae: VAE | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | Path,
+        device: str | torch.device = "cuda",
+        dtype: torch.dtype = torch.bfloat16,
+        offload: bool = False,
+        mode: str | None = None,
+    ) -> Pipeline:
+        """Open a model directory, hub id, or "tiny" (the bundled model); weights are read when first needed.
+
+        Args:
+            mode: "df" (diffusion forcing) or "t2v", which an image-to-video model runs as "i2v"; None takes what the
+                model was made for.
+
+        Raises:
+            ValueError: the directory is unknown or incomplete, a tensor is missing, unknown or misshapen,
+                or the model cannot run in `mode`.
+        """
+        checkpoint = Checkpoint.open(path_or_id)
+        checkpoint.require("vae")
+        with torch.device("meta"):
+            checkpoint.check_transformer(DiT(checkpoint.config))
+            checkpoint.check_vae(_vae_of(checkpoint))
+        return cls(checkpoint, torch.device(device), dtype, offload=offload, mode=_mode(checkpoint, mode))
+
+    def plan(self, request: Request) -> Plan:
+        """Fill in the model's defaults and lay out the windows; nothing is loaded. Raises ValueError on bad input."""
+        source_frames = media.VideoSource(request.video).frame_count if request.video is not None else 0
+        checkpoint = self.checkpoint
+        settings = resolve(
+            request,
+            mode=self.mode,
+            defaults=checkpoint.generation_config,
+            resolution_hint=checkpoint.resolution_hint(),
+        )
+        plan = Plan.of(settings, source_frames)
+        self.conditions.check(settings, plan.guided)
+        self._teacache(settings)
+        return plan
+
+    def __call__(self, request: Request | Plan, stream: bool = False, progress: Progress | None = None) -> Result:
+        """Render a request, or the plan of one.
+
+        Args:
+            stream: give `Result.frames` as an iterator of uint8 chunks [n, H, W, 3]; all work happens as it is read.
+
+        Raises:
+            ValueError: a bad setting, before any weight is loaded.
+        """
+        plan = request if isinstance(request, Plan) else self.plan(request)
+        result = Result(plan)
+        result.frames = self._render(plan, result, progress or Progress())
+        if not stream:
+            result.frames = torch.cat(list(result.frames))
+        return result
+
+    @torch.inference_mode()
+    def _render(self, plan: Plan, result: Result, progress: Progress) -> Iterator[Tensor]:
+        settings = plan.settings
+        clock = _Clock(self.device, result.timings, progress)
+        with clock("text"):
+            texts = self.conditions.texts(settings, plan.guided)
+        with clock("image"):
+            image = self.conditions.image_tokens(settings)
+        with clock("load"):
+            dit, vae = self._load()
+        contexts: list[Context] = []
+        noise, condition_noise = (torch.Generator(self.device).manual_seed(settings.seed + i) for i in (0, 1))
+        history = History(settings.overlap_history or 0)
+
+        if settings.video is not None:
+            for frames in media.VideoSource(settings.video).fitted(settings.height, settings.width):
+                history.add(media.from_uint8(frames))
+                yield frames
+        for index, window in enumerate(plan.windows):
+            with clock("encode"), self.placement.use(vae):
+                prefix, end = self._given(vae, window, settings, history)
+                channels = image_channels(vae, settings, window.latents) if self.mode == "i2v" else None
+            progress.window(index, len(plan.windows), plan.calls[index])
+            with clock("denoise"), self.placement.use(dit):
+                contexts = contexts or [dit.encode_context(text.to(self.device), image) for text in texts]
+                latents = denoise(
+                    dit,
+                    self._initial(settings, window, prefix, end, noise),
+                    plan.schedule(window),
+                    plan.sigmas,
+                    *contexts,
+                    guidance_scale=settings.guidance_scale,
+                    fps=settings.fps,
+                    in_place=self.mode == "df",
+                    prefix=window.prefix,
+                    addnoise=settings.addnoise_condition,
+                    noise_generator=condition_noise,
+                    extra_channels=channels,
+                    teacache=self._teacache(settings),
+                    causal_block_size=settings.causal_block_size if settings.causal_attention else None,
+                    blocks=self.placement.blocks(dit),
+                    on_step=lambda _row: progress.step(),
+                )[:, :, : window.latents]
+            result.latents.append(latents)
+            with self.placement.use(vae):
+                for chunk in clock.each("decode", _skip(window.drop, vae.decode_stream(latents))):
+                    history.add(chunk)  # the next window's beginning is encoded from what was put out
+                    yield media.to_uint8(chunk[0])
+
+    def _load(self) -> tuple[DiT, VAE]:
+        """The DiT on its device and the VAE, in float32 as the reference has it; kept for the next request."""
+        if self._dit is None or self._vae is None:
+            with torch.device("meta"):
+                dit, vae = DiT(self.checkpoint.config), _vae_of(self.checkpoint)
+            self.checkpoint.load_transformer(dit, self.placement.home, self.dtype)
+            self.checkpoint.load_vae(vae, self.placement.home, torch.float32)
+            self._dit, self._vae = dit.eval(), vae.eval()
+        return self._dit, self._vae
+
+    def _given(
+        self, vae: VAE, window: Window, settings: Settings, history: History
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Latents held through a window: the earlier frames' or the image's at its start, the end image's at its end."""
+        prefix = end = None
+        if window.prefix and history.frames:
+            prefix = vae.encode_stream(history.chunks())
+        elif window.prefix:
+            prefix = image_latent(vae, settings.image, settings)
+        if window.end:
+            end = image_latent(vae, settings.end_image, settings)
+        return prefix, end
+
+    def _initial(
+        self, settings: Settings, window: Window, prefix: Tensor | None, end: Tensor | None, noise: torch.Generator
+    ) -> Tensor:
+        """Noise [1, 16, F, h, w] in float32 with the given latents in place, the end image's appended."""
+        shape = (window.latents, settings.height // VAE_STRIDE[1], settings.width // VAE_STRIDE[2])
+        # Diffusion forcing draws in the model's dtype: the seed's frames depend on it.
+        dtype = self.dtype if self.mode == "df" else torch.float32
+        latents = torch.randn(LATENT_CHANNELS, *shape, generator=noise, dtype=dtype, device=self.device)[None].float()
+        if prefix is not None:
+            latents[:, :, : window.prefix] = prefix
+        return latents if end is None else torch.cat([latents, end], dim=2)
+
+    def _teacache(self, settings: Settings) -> TeaCacheSettings | None:
+        if not settings.teacache:
+            return None
+        coefficients = settings.teacache_coefficients or self.checkpoint.config.teacache_coefficients(
+            settings.use_ret_steps, settings.height, settings.width
+        )
+        if coefficients is None:
+            raise ValueError(
+                f"--teacache: no coefficients are published for a {self.checkpoint.config.model_type} model of dim "
+                f"{self.checkpoint.config.dim}; give them with --teacache_coefficients, highest power first"
+            )
+        return TeaCacheSettings(coefficients, settings.teacache_thresh, settings.use_ret_steps)
+
+
+def _mode(checkpoint: Checkpoint, asked: str | None) -> str:
+    mode = asked or checkpoint.mode_hint() or "t2v"
+    if mode not in MODES:
+        raise ValueError(f"mode {mode!r} is not one of {', '.join(MODES)}")
+    takes_image = checkpoint.config.model_type == "i2v"
+    if takes_image and mode == "df":
+        raise ValueError(f"{checkpoint.name} is an image-to-video model: run it with generate_video.py (mode 't2v')")
+    if mode == "i2v" and not takes_image:
+        raise ValueError(f"{checkpoint.name} is no image-to-video model and cannot run as 'i2v'")
+    return "i2v" if takes_image else mode
+
+
+def _vae_of(checkpoint: Checkpoint) -> VAE:
+    return VAE(VAE.base_dim_of(checkpoint.vae_weights()), *checkpoint.vae_statistics())
+
+
+def _skip(count: int, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Leave out the first `count` frames of a video in chunks [1, 3, t, H, W]."""
+    for chunk in chunks:
+        if count < chunk.shape[2]:
+            yield chunk[:, :, count:]
+        count = max(0, count - chunk.shape[2])
+
+
+class _Clock:
+    """Adds up the seconds of each stage, device work included, and tells `progress` when one begins."""
+
+    def __init__(self, device: torch.device, timings: dict[str, float], progress: Progress) -> None:
+        self._device, self._timings, self._progress = device, timings, progress
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        self._progress.stage(stage)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            self._timings[stage] = self._timings.get(stage, 0.0) + time.perf_counter() - start
+
+    def each(self, stage: str, items: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Count the making of each item, not what is done with it."""
+        iterator, done = iter(items), object()
+        while True:
+            with self(stage):
+                item = next(iterator, done)
+            if item is done:
+                return
+            yield item

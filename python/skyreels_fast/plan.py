@@ -1,0 +1,91 @@
+"""What a request comes to on one model, before any weight is loaded: windows, schedules, model calls, frames."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from .request import Settings
+from .sampling.timesteps import Schedule, hold, sigma_schedule, timestep_matrix, timestep_schedule
+from .sampling.windows import Window, latent_frames, plan_windows
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings with every default filled in, and the windows they come to.
+
+    `source_frames` counts the frames of an input video, which come out before the generated ones.
+    """
+
+    settings: Settings
+    windows: tuple[Window, ...]
+    source_frames: int = 0
+
+    @classmethod
+    def of(cls, settings: Settings, source_frames: int = 0) -> Plan:
+        """Raises ValueError where the windows or the schedule do not work out, naming the nearest values that do."""
+        plan = cls(settings, _windows(settings), source_frames)
+        _ = plan.calls  # schedules are made here once, so that a bad ar_step is refused now
+        return plan
+
+    @cached_property
+    def sigmas(self) -> list[float]:
+        return sigma_schedule(self.settings.inference_steps, self.settings.shift)
+
+    def schedule(self, window: Window) -> Schedule:
+        """The timestep of each latent frame at each model call; given frames are held whatever the block."""
+        settings = self.settings
+        timesteps = timestep_schedule(settings.inference_steps, settings.shift)
+        matrix = timestep_matrix(
+            window.latents,
+            timesteps,
+            base=min(window.latents, latent_frames(settings.base_num_frames)) if settings.mode == "df" else None,
+            ar_step=settings.ar_step,
+            ready=window.prefix,
+            block=settings.causal_block_size,
+        )
+        return hold(matrix, window.prefix, window.end)
+
+    @cached_property
+    def calls(self) -> tuple[int, ...]:
+        """Schedule rows of each window; each is one model call, two with guidance."""
+        return tuple(len(self.schedule(window).timesteps) for window in self.windows)
+
+    @property
+    def guided(self) -> bool:
+        """Whether the unconditional branch runs: it has no weight at 1, and diffusion forcing drops it below."""
+        scale = self.settings.guidance_scale
+        return scale > 1 if self.settings.mode == "df" else scale != 1
+
+    @property
+    def frames(self) -> int:
+        """Frames of the whole output."""
+        return self.source_frames + sum(window.frames for window in self.windows)
+
+    def describe(self) -> str:
+        settings, branches = self.settings, 1 + self.guided
+        latents = ", ".join(str(count) for count in dict.fromkeys(window.latents for window in self.windows))
+        return (
+            f"{settings.mode.upper()} {settings.width}x{settings.height}: {_count(len(self.windows), 'window')} of "
+            f"{latents} latent frames, {_count(settings.inference_steps, 'step')}, "
+            f"{_count(branches * sum(self.calls), 'model call')}, "
+            f"{_count(self.frames, 'frame')} out ({self.frames / settings.fps:.1f} s at {settings.fps:g} fps)"
+        )
+
+
+def _windows(settings: Settings) -> tuple[Window, ...]:
+    return plan_windows(
+        settings.num_frames,
+        settings.base_num_frames,
+        settings.overlap_history,
+        image=settings.image is not None,
+        end_image=settings.end_image is not None,
+        extend=settings.video is not None,
+        causal_block_size=settings.causal_block_size,
+        sliding=settings.ar_step > 0,
+        mode=settings.mode,
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,508 @@
+"""The commands: bad input is one line and exit code 2 before any model is opened; what was rendered is never lost."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import imageio_ffmpeg
+import pytest
+from PIL import Image
+
+import skyreels_fast
+from skyreels_fast import _flags, _sidecar, cli
+
+# A pipeline that renders grey frames of a tiny size, here or in a process of its own.
+FAKE = """
+import time
+from types import SimpleNamespace
+import torch
+from skyreels_fast.request import resolve
+
+opened = []
+loaded = []
+DEFAULTS = {"height": 64, "width": 96, "num_frames": 17, "base_num_frames": 17, "inference_steps": 2}
+error_at_open = error_at_plan = error_at_chunk = None
+chunks, pause_s = 4, 0.0
+
+class Progress:
+    def stage(self, name): pass
+    def window(self, index, count, calls): pass
+    def step(self): pass
+
+class Plan(SimpleNamespace):
+    def describe(self):
+        return f"plan: {self.frames} frames"
+
+class Pipeline:
+    @classmethod
+    def from_pretrained(cls, path, device="cuda", dtype=None, offload=False, mode=None):
+        opened.append((path, device, dtype, offload, mode))
+        if error_at_open: raise error_at_open
+        pipe = cls()
+        pipe.mode = mode or "t2v"
+        return pipe
+
+    def plan(self, request):
+        if error_at_plan: raise error_at_plan
+        settings = resolve(request, mode=self.mode, defaults=DEFAULTS, resolution_hint="540P")
+        return Plan(settings=settings, calls=(2, 2), frames=4 * chunks)
+
+    def __call__(self, plan, stream=False, progress=None):
+        assert stream
+        loaded.append(plan)
+        result = SimpleNamespace(frames=None, latents=[], settings=plan.settings, timings={})
+        result.frames = self.render(plan, result, progress)
+        return result
+
+    def render(self, plan, result, progress):
+        progress.stage("load")
+        for window in range(2):
+            progress.window(window, 2, 2)
+            progress.stage("denoise")
+            progress.step()
+            progress.step()
+            result.timings["denoise"] = result.timings.get("denoise", 0) + 0.5
+            for index in range(chunks // 2):
+                progress.stage("decode")
+                if error_at_chunk and error_at_chunk[0] == window * (chunks // 2) + index:
+                    raise error_at_chunk[1]
+                time.sleep(pause_s)
+                yield torch.full((4, plan.settings.height, plan.settings.width, 3), 99, dtype=torch.uint8)
+"""
+COMMANDS = {"generate_video_df.py": cli.generate_video_df, "generate_video.py": cli.generate_video}
+CPU = ["--device", "cpu", "--model_id", "tiny"]
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """The stand-in pipeline; the command runs in an empty directory."""
+    module = types.ModuleType("skyreels_fast.pipeline")
+    exec(FAKE, module.__dict__)
+    monkeypatch.setitem(sys.modules, "skyreels_fast.pipeline", module)
+    monkeypatch.delitem(sys.modules, "skyreels_fast._progress", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return module
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (96, 64)).save(path)
+    return str(path)
+
+
+def decoded(path) -> int:
+    exe = imageio_ffmpeg.get_ffmpeg_exe()
+    done = subprocess.run([exe, "-i", str(path), "-f", "null", "-"], capture_output=True, text=True)
+    found = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("frame=")]
+    return int(found[-1].split("=")[1].split()[0]) if found else 0
+
+
+def sidecar(path: Path) -> dict:
+    return json.loads(path.with_suffix(".json").read_text())
+
+
+NUMBER_FLAGS = {
+    "--num_frames": ("0", "-5", "abc", "9.5", "nan", "-inf"),
+    "--inference_steps": ("0", "-1", "1001", "x"),
+    "--guidance_scale": ("-1", "nan", "inf", "-inf", "high"),
+    "--shift": ("0", "-8", "nan", "inf"),
+    "--fps": ("0", "-24", "241", "nan"),
+    "--seed": ("-1", "9223372036854775808", "1.5", "x"),
+    "--height": ("0", "-16", "540", "x"),
+    "--width": ("0", "959"),
+    "--teacache_thresh": ("-0.1", "nan", "x"),
+}
+DF_NUMBER_FLAGS = {
+    "--ar_step": ("-1", "x"),
+    "--causal_block_size": ("0", "-2", "1.5"),
+    "--base_num_frames": ("0", "x"),
+    "--overlap_history": ("0", "-17"),
+    "--addnoise_condition": ("-1", "1000", "nan"),
+}
+BAD_FLAGS = [
+    *[(program, flag, bad) for program in COMMANDS for flag, values in NUMBER_FLAGS.items() for bad in values],
+    *[("generate_video_df.py", flag, bad) for flag, values in DF_NUMBER_FLAGS.items() for bad in values],
+    *[
+        (program, flag, bad)
+        for program in COMMANDS
+        for flag, bad in (
+            ("--resolution", "1080P"),
+            ("--resolution", ""),
+            ("--image", "missing.png"),
+            ("--image", "."),
+            ("--image", "fake.png"),
+            ("--device", "gpu"),
+            ("--device", "cuda:99"),
+            ("--dtype", "int8"),
+            ("--teacache_coefficients", "1,x"),
+            ("--teacache_coefficients", "1,nan"),
+            ("--teacache_coefficients", ""),
+            ("--output", "video.avi"),
+            ("--output", "."),
+            ("--output", "fake.png/video.mp4"),
+        )
+    ],
+    ("generate_video_df.py", "--end_image", "fake.png"),
+    ("generate_video_df.py", "--video_path", "fake.png"),
+]
+
+
+@pytest.mark.parametrize(("program", "flag", "bad"), BAD_FLAGS)
+def test_bad_values_are_refused(fake, capfd, program, flag, bad):
+    Path("fake.png").write_text("no picture\n")
+    # What the flag needs beside it must not be what is missing.
+    beside = {"--height": ["--width", "96"], "--width": ["--height", "64"], "--video_path": ["--overlap_history", "5"]}
+    assert COMMANDS[program]([flag, bad, *beside.get(flag, [])]) == 2
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(f"{program}: error: ")
+    assert flag in said.err or (flag == "--output" and bad in said.err)
+    assert len(said.err.splitlines()) == 1
+    assert fake.opened == []
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "message"),
+    [
+        ("generate_video.py", "--height 64", "--height 64: needs width as well"),
+        ("generate_video_df.py", "--end_image picture.png", "--end_image 'picture.png': needs image"),
+        ("generate_video_df.py", "--video_path picture.png", "--video_path 'picture.png': needs overlap_history"),
+        (
+            "generate_video_df.py",
+            "--video_path missing.mp4 --overlap_history 17",
+            "--video_path 'missing.mp4': no such",
+        ),
+        ("generate_video_df.py", "--video_path picture.png --overlap_history 17", "has 1 of the 17 frames"),
+        ("generate_video_df.py", "--image picture.png --end_image picture.png --causal_attention", "--end_image"),
+        ("generate_video_df.py", "--output picture.png", "--output 'picture.png': must end in .mp4"),
+        ("generate_video.py", "--numframes 17", "unknown argument --numframes; did you mean --num_frames?"),
+        ("generate_video.py", "--ar_step 5", "unknown argument --ar_step; generate_video_df.py has it"),
+        ("generate_video.py", "prompt", "unknown argument prompt; generate_video.py --help lists the flags"),
+        ("generate_video.py", "--seed", "argument --seed: expected one argument"),
+        ("generate_video.py", "--use_usp", "--use_usp needs --seed"),
+        ("generate_video.py", "--use_usp --seed 1 --prompt_enhancer", "--use_usp and --prompt_enhancer exclude"),
+        ("generate_video_df.py", "--use_usp --seed 1", "--use_usp needs several GPUs, which this version does not sup"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(fake, capfd, picture, program, words, message):
+    assert COMMANDS[program](words.split()) == 2
+    said = capfd.readouterr()
+    assert said.err.startswith(f"{program}: error: ")
+    assert message in said.err
+    assert len(said.err.splitlines()) == 1
+    assert fake.opened == []
+
+
+def test_a_video_is_not_written_over_its_source(fake, capfd):
+    assert cli.generate_video_df([*CPU, "--output", "clip.mp4"]) == 0
+    before = Path("clip.mp4").read_bytes()
+    assert (
+        cli.generate_video_df([*CPU, *shlex.split("--video_path clip.mp4 --overlap_history 5 --output ./clip.mp4")])
+        == 2
+    )
+    assert "--output './clip.mp4': is the input of --video_path" in capfd.readouterr().err
+    assert Path("clip.mp4").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("x/config.json is missing"),
+        FileNotFoundError(2, "No such file or directory", "x"),
+        OSError("cannot reach the hub\nafter many tries"),
+    ],
+)
+@pytest.mark.parametrize("where", ["error_at_open", "error_at_plan"])
+def test_a_model_that_cannot_be_used_is_one_line(fake, capfd, error, where):
+    setattr(fake, where, error)
+    assert cli.generate_video([*CPU]) == 2
+    said = capfd.readouterr()
+    assert len(said.err.splitlines()) == 1
+    assert str(error).split("\n")[0] in said.err
+    assert fake.loaded == []
+
+
+def test_errors_of_the_plan_name_the_flag(fake, capfd):
+    fake.error_at_plan = ValueError("num_frames=98 leaves a block unfinished")
+    assert cli.generate_video([*CPU]) == 2
+    assert "error: --num_frames 98 leaves a block unfinished" in capfd.readouterr().err
+
+
+def test_mode_errors_name_the_flag(fake, capfd, picture):
+    assert cli.generate_video([*CPU, "--image", picture]) == 2
+    said = capfd.readouterr().err
+    assert f"error: --image '{picture}': this model takes no image: use generate_video_df.py" in said
+    assert fake.loaded == []
+
+
+@pytest.mark.parametrize("program", COMMANDS)
+def test_a_run_leaves_a_video_and_its_settings(fake, capfd, program):
+    words = [*CPU, "--prompt", "A fox/dog: 100%", "--seed", "7", "--guidance_scale", "3"]
+    assert COMMANDS[program](words) == 0
+    folder = {"generate_video_df.py": "diffusion_forcing", "generate_video.py": "video_out"}[program]
+    (path,) = Path("result", folder).glob("*.mp4")
+    said = capfd.readouterr()
+    assert path.name.startswith("A fox_dog: 100%_7_20")
+    assert said.out.splitlines()[0] == "plan: 16 frames"
+    assert str(path) in said.out.splitlines()[-1]
+    assert "Traceback" not in said.err
+    assert decoded(path) == 16
+    record = sidecar(path)
+    assert record["complete"] is True
+    assert (record["frames"], record["video"], record["model_id"]) == (16, path.name, "tiny")
+    assert record["settings"]["seed"] == 7
+    assert record["settings"]["guidance_scale"] == 3
+    assert record["settings"]["negative_prompt"]
+    assert record["timings_s"]["denoise"] == 1.0
+    assert record["timings_s"]["total"] > 0
+    assert set(record["versions"]) == {"python", "torch", "cuda", "transformers", "skyreels_fast"}
+    assert record["versions"]["skyreels_fast"]
+    (opened,) = fake.opened
+    assert opened[0] == "tiny"
+    assert opened[1] == "cpu"
+    assert str(opened[2]) == "torch.float32"
+    assert opened[4] == ("df" if program == "generate_video_df.py" else None)
+    assert sorted(path.parent.iterdir()) == sorted([path, path.with_suffix(".json")])
+
+
+def test_the_recorded_command_makes_the_same_settings(fake, picture):
+    words = [*CPU, *shlex.split("--seed 3 --ar_step 2 --causal_block_size 5 --addnoise_condition 20 --fps 12.5"),
+             "--teacache", "--teacache_coefficients", "-1.5,2,1e-07", "--image", picture, "--prompt", "it's -- \"a\" fox",
+             "--negative_prompt", "-blur", "--output", "first.mp4"]  # fmt: skip
+    assert cli.generate_video_df(words) == 0
+    first = sidecar(Path("first.mp4"))
+    python, program, *again = shlex.split(first["command"])
+    assert (python, program) == ("python", "generate_video_df.py")
+    fake.DEFAULTS = {}  # nothing may be left to the model
+    assert cli.generate_video_df([*again, "--output", "again.mp4"]) == 0
+    assert sidecar(Path("again.mp4"))["settings"] == first["settings"]
+    assert first["settings"]["teacache_coefficients"] == [-1.5, 2.0, 1e-07]
+
+
+def test_output_may_name_a_file_and_replaces_it(fake):
+    for seed in ("1", "2"):
+        assert cli.generate_video([*CPU, "--output", "folder/out.mp4", "--seed", seed]) == 0
+    assert sorted(path.name for path in Path("folder").iterdir()) == ["out.json", "out.mp4"]
+    assert sidecar(Path("folder/out.mp4"))["settings"]["seed"] == 2
+
+
+def test_the_references_empty_paths_mean_none(fake):
+    assert cli.generate_video_df([*CPU, "--video_path", "", "--image", "", "--output", "out.mp4"]) == 0
+    assert sidecar(Path("out.mp4"))["settings"]["video"] is None
+
+
+def test_every_flag_of_the_reference_is_there():
+    both = ("outdir model_id resolution num_frames image guidance_scale shift inference_steps use_usp offload fps seed "
+            "prompt prompt_enhancer teacache teacache_thresh use_ret_steps")  # fmt: skip
+    df = "end_image video_path ar_step causal_attention causal_block_size base_num_frames overlap_history "
+    df += "addnoise_condition"
+    t2v_flags = vars(_flags.parser("generate_video.py", "t2v").parse([]))
+    df_flags = vars(_flags.parser("generate_video_df.py", "df").parse([]))
+    assert set(both.split()) <= set(t2v_flags)
+    assert set(f"{both} {df}".split()) <= set(df_flags)
+    assert not set(df.split()) & set(t2v_flags)
+    assert (df_flags["outdir"], df_flags["model_id"]) == ("diffusion_forcing", "Skywork/SkyReels-V2-DF-1.3B-540P")
+    assert (t2v_flags["outdir"], t2v_flags["model_id"]) == ("video_out", "Skywork/SkyReels-V2-T2V-14B-540P")
+
+
+@pytest.mark.parametrize("program", COMMANDS)
+def test_help_teaches(capsys, program):
+    with pytest.raises(SystemExit) as stop:
+        COMMANDS[program](["--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    assert "examples:" in said
+    assert "--model_id" in said
+    for line in said.splitlines():
+        if line.startswith(f"    {program}"):
+            _flags.parser(program, "df" if "df" in program else "t2v").parse(shlex.split(line)[1:])
+
+
+def test_notes_are_passed_on(fake, capfd):
+    assert cli.generate_video_df([*CPU, "--num_frames", "20", "--addnoise_condition", "80"]) == 0
+    said = capfd.readouterr().err
+    assert "generate_video_df.py: note: --num_frames 20: counts as 17" in said
+    assert "note: --addnoise_condition 80" in said
+
+
+def test_a_crash_keeps_what_was_rendered(fake, capfd):
+    fake.error_at_chunk = (3, RuntimeError("kernel went away"))
+    assert cli.generate_video([*CPU, "--output", "out.mp4"]) == 1
+    said = capfd.readouterr().err
+    assert "Traceback" in said
+    assert "RuntimeError: kernel went away" in said
+    assert said.splitlines()[-1] == "generate_video.py: 12 of 16 frames are saved in out.mp4"
+    assert decoded("out.mp4") == 12
+    record = sidecar(Path("out.mp4"))
+    assert (record["complete"], record["frames"]) == (False, 12)
+
+
+def test_a_crash_before_the_first_frame_leaves_no_file(fake, capfd):
+    fake.error_at_chunk = (0, RuntimeError("kernel went away"))
+    assert cli.generate_video([*CPU, "--output", "out.mp4"]) == 1
+    assert "no frame was rendered" in capfd.readouterr().err
+    assert not Path("out.mp4").exists()
+
+
+def test_full_gpu_memory_is_one_line_of_advice(fake, capfd):
+    import torch
+
+    text = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB\nmore"
+    fake.error_at_chunk = (2, torch.cuda.OutOfMemoryError(text))
+    assert cli.generate_video_df([*CPU, "--output", "out.mp4"]) == 1
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    assert "GPU memory is full (it tried to allocate 2.00 GiB): try --offload, a smaller size" in said
+    assert "--base_num_frames" in said
+    assert decoded("out.mp4") == 8
+
+
+def test_a_broken_checkpoint_is_one_line(fake, capfd):
+    from skyreels_fast.checkpoint import CheckpointError
+
+    fake.error_at_chunk = (0, CheckpointError("model.safetensors: blocks.3.ffn.0.weight is missing"))
+    assert cli.generate_video([*CPU, "--output", "out.mp4"]) == 1
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    assert "error: model.safetensors: blocks.3.ffn.0.weight is missing" in said
+
+
+def test_a_dead_encoder_is_one_line(fake, capfd, monkeypatch):
+    from skyreels_fast import media
+
+    def write(self, frames):
+        raise media.VideoError("ffmpeg stopped writing out.mp4: No space left on device")
+
+    monkeypatch.setattr(media.VideoWriter, "write", write)
+    assert cli.generate_video([*CPU, "--output", "out.mp4"]) == 1
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    assert "No space left on device" in said
+
+
+def test_ctrl_c_leaves_a_playable_file(tmp_path):
+    (tmp_path / "fake_pipeline.py").write_text(FAKE + "\nchunks, pause_s = 400, 0.02\n")
+    code = (
+        "import sys, fake_pipeline; sys.modules['skyreels_fast.pipeline'] = fake_pipeline\n"
+        "from skyreels_fast import cli\n"
+        "sys.exit(cli.generate_video_df(['--device', 'cpu', '--output', 'out.mp4', '--seed', '5']))"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    out = tmp_path / "out.mp4"
+    end = time.monotonic() + 60
+    while not (out.exists() and out.stat().st_size) and child.poll() is None and time.monotonic() < end:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to all processes in the foreground
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 130, said
+    record = sidecar(out)
+    assert record["complete"] is False
+    assert 0 < record["frames"] < 1600
+    assert record["frames"] % 4 == 0
+    assert decoded(out) == record["frames"]
+    assert "Traceback" not in said
+    assert said.splitlines()[-2:] == [
+        "generate_video_df.py: interrupted",
+        f"generate_video_df.py: {record['frames']} of 1600 frames are saved in out.mp4",
+    ]
+
+
+def test_ctrl_c_before_rendering(fake, capfd):
+    fake.error_at_open = KeyboardInterrupt()
+    assert cli.generate_video([*CPU]) == 130
+    assert capfd.readouterr().err == "generate_video.py: interrupted\n"
+
+
+def test_the_enhanced_prompt_is_rendered_and_both_are_recorded(fake, capfd, monkeypatch):
+    import skyreels_fast.enhance
+
+    asked = []
+
+    def enhance(prompt, device, seed):
+        asked.append((prompt, device, seed))
+        return "A red fox in deep snow."
+
+    monkeypatch.setattr(skyreels_fast.enhance, "enhance", enhance)
+    assert cli.generate_video([*CPU, "--prompt_enhancer", "--prompt", "fox", "--output", "out.mp4"]) == 0
+    record = sidecar(Path("out.mp4"))
+    assert (record["original_prompt"], record["settings"]["prompt"]) == ("fox", "A red fox in deep snow.")
+    assert asked == [("fox", "cpu", record["settings"]["seed"])]
+    assert "--prompt_enhancer" not in record["command"]
+    assert "enhanced prompt: A red fox in deep snow." in capfd.readouterr().out
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_on_a_terminal_shows_both_bars(fake):
+    from skyreels_fast._progress import ConsoleProgress
+
+    stream = Terminal()
+    progress = ConsoleProgress(6, stream)
+    progress.stage("load")
+    for index in range(2):
+        progress.window(index, 2, 3)
+        for _ in range(3):
+            progress.step()
+        progress.stage("decode")
+        progress.stage("decode")
+    progress.close()
+    text = stream.getvalue()
+    for part in ("loading the model", "window 1/2", "window 2/2, decoding", "in total", "3/3", "6/6", "s/step"):
+        assert part in text
+
+
+def test_progress_in_a_log_is_a_line_now_and_then(fake):
+    from skyreels_fast._progress import ConsoleProgress
+
+    stream = io.StringIO()
+    progress = ConsoleProgress(100, stream)
+    for name in ("text", "image", "load", "encode", "denoise"):
+        progress.stage(name)
+    progress.window(0, 1, 100)
+    for _ in range(100):
+        progress.step()
+    progress.close()
+    lines = stream.getvalue().splitlines()
+    assert lines[:3] == ["reading the prompt ...", "loading the model ...", "window 1/1: 100 steps"]
+    assert len(lines) == 4
+    assert lines[3].startswith("window 1/1: step 100/100, ")
+    eager = ConsoleProgress(100, stream, interval_s=0.0)
+    eager.window(0, 1, 100)
+    eager.step()
+    assert stream.getvalue().splitlines()[-1].startswith("window 1/1: step 1/100, ")
+
+
+def test_a_sidecar_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "out.json"
+    _sidecar.write_json(path, {"a": "é"})
+    with pytest.raises(TypeError):
+        _sidecar.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": "é"}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_package_knows_its_version():
+    assert _sidecar._version("skyreels_fast") == skyreels_fast.__version__
+    assert _sidecar._version("no-such-package") is None

@@ -1,0 +1,102 @@
+"""Whole runs against the reference's latents and frames, every mode of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GOLDEN, load_golden, rel_l2
+from PIL import Image
+
+import skyreels_fast as sf
+
+SETTINGS = json.loads((GOLDEN / "pipelines.json").read_text())
+RENAMED = {"num_inference_steps": "inference_steps", "threshold": "teacache_thresh"}
+IMAGES = {"first": GOLDEN / "first.png", "last": GOLDEN / "last.png"}
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, sf.Pipeline]:
+    made = {}
+    for mode in ("df", "t2v", "i2v"):
+        directory = tmp_path_factory.mktemp(mode)
+        shutil.copytree(GOLDEN / mode, directory, dirs_exist_ok=True)
+        shutil.copy(GOLDEN / "Wan2.1_VAE.pth", directory)
+        made[mode] = sf.Pipeline.from_pretrained(directory, device="cpu", dtype=torch.float32, mode=mode)
+    return made
+
+
+def _request(settings: dict, golden: dict[str, torch.Tensor]) -> sf.Request:
+    values = {RENAMED.get(name, name): value for name, value in settings.items() if value is not None}
+    text = load_golden("text")
+    values |= {"context": text["cond"], "negative_context": text["uncond"]}
+    for name in ("image", "end_image"):
+        if name in values:
+            values[name] = IMAGES[values[name]]
+    if values.pop("extend", None):
+        values["video"] = golden["df_extend.prefix"].numpy()
+    if "clip" in values:
+        values["clip_features"] = load_golden("components")[values.pop("clip")]
+    values.pop("computed_calls", None)
+    if "coefficients" in values:
+        values |= {"teacache": True, "teacache_coefficients": tuple(values.pop("coefficients"))}
+    return sf.Request(**values)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_latents_and_frames_match_the_reference(name: str, pipelines: dict[str, sf.Pipeline]) -> None:
+    golden = load_golden("pipelines")
+    mode = name.partition("_")[0]
+    request = _request(SETTINGS[name], golden)
+    result = pipelines["t2v" if mode == "tea" else mode](request)
+
+    windows = [key for key in golden if key.startswith(f"{name}.latent")]
+    assert len(result.latents) == len(windows) > 0
+    for index, latents in enumerate(result.latents):
+        expected = golden[f"{name}.latent{index}"]
+        assert rel_l2(latents.view(expected.shape), expected) < 1e-4
+    if (expected := golden.get(f"{name}.video")) is not None:
+        assert result.frames.shape == expected.shape
+        # The reference truncates to 8 bits, ours rounds.
+        assert (result.frames.int() - expected.int()).abs().max() <= 1
+
+
+def test_a_stream_gives_the_same_frames_as_they_are_decoded(pipelines: dict[str, sf.Pipeline]) -> None:
+    golden = load_golden("pipelines")
+    request = _request(SETTINGS["df_long"], golden)
+    result = pipelines["df"](request, stream=True)
+    assert not result.latents
+    chunks = list(result.frames)
+    assert len(result.latents) == 4
+    assert max(len(chunk) for chunk in chunks) <= 4
+    assert torch.equal(torch.cat(chunks), pipelines["df"](request).frames)
+    assert set(result.timings) >= {"text", "load", "denoise", "decode"}
+
+
+def test_images_can_be_handed_over_as_pictures(pipelines: dict[str, sf.Pipeline]) -> None:
+    golden = load_golden("pipelines")
+    values = SETTINGS["df_image"]
+    by_path = pipelines["df"](_request(values, golden))
+    picture = Image.open(IMAGES["first"])
+    request = _request({**values, "image": None}, golden)
+    by_picture = pipelines["df"](sf.Request(**{**_given(request), "image": picture}))
+    assert torch.equal(by_path.frames, by_picture.frames)
+
+
+def _given(request: sf.Request) -> dict:
+    return {name: value for name, value in vars(request).items() if value is not None and name != "source"}
+
+
+def test_weights_stay_put_when_a_directory_is_moved_between_requests(
+    pipelines: dict[str, sf.Pipeline], tmp_path: Path
+) -> None:
+    """Loaded once: a second request must not read the directory again."""
+    shutil.copytree(pipelines["t2v"].checkpoint.root, tmp_path / "model")
+    pipe = sf.Pipeline.from_pretrained(tmp_path / "model", device="cpu", dtype=torch.float32, mode="t2v")
+    request = _request({**SETTINGS["t2v"], "num_inference_steps": 1}, {})
+    first = pipe(request)
+    (tmp_path / "model").rename(tmp_path / "away")
+    assert torch.equal(pipe(request).frames, first.frames)

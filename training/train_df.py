@@ -1,0 +1,215 @@
+"""Trains the bundled model: a small diffusion forcing DiT together with its text encoder, on clips encoded beforehand.
+
+`python -m training.train_df --vae runs/vae --out runs/df --minutes 10` renders and encodes the clips on the device,
+trains, and ends with a table of how well samples show what their prompts say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from skyreels_fast.config import TransformerConfig
+from skyreels_fast.dit import DiT
+from skyreels_fast.vae import VAE
+from training.data import FRAMES, HEIGHT, WIDTH
+from training.evaluate import evaluate
+from training.latents import Clips, encode_clips
+from training.noising import Example, make_example
+from training.optim import Clock, Log, Master, parameters
+from training.text import TEXT_LEN, build_encoder, encode_text, prompt_ids, unconditional_ids
+
+UNCONDITIONAL = 0.1
+SHORTER = 0.3  # of the batches hold fewer latent frames than the longest
+WITH_END = 0.05  # of the batches have an end image
+
+
+def transformer_config(args: argparse.Namespace) -> TransformerConfig:
+    return TransformerConfig(
+        model_type="t2v",
+        in_dim=16,
+        dim=args.dim,
+        ffn_dim=4 * args.dim,
+        num_heads=max(1, args.dim // 64),
+        num_layers=args.layers,
+        text_dim=args.text_dim,
+        text_len=TEXT_LEN,
+    )
+
+
+def init_weights(dit: DiT) -> None:
+    """Xavier for the projections, small normal for the conditions, a head that says zero."""
+    for module in dit.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(dit.patch_embedding.weight.flatten(1))
+    for sequence in (dit.text_embedding, dit.time_embedding):
+        for module in sequence:
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+    nn.init.zeros_(dit.head.head.weight)
+
+
+def load_vae(directory: Path, device: str, dtype: torch.dtype) -> VAE:
+    """The VAE that train_vae left in `directory`."""
+    weights = torch.load(directory / "Wan2.1_VAE.pth", weights_only=True)
+    vae = VAE(VAE.base_dim_of(weights), **json.loads((directory / "vae_config.json").read_text()))
+    vae.load_state_dict(weights)
+    return vae.to(device, dtype).eval().requires_grad_(False)
+
+
+class Model(nn.Module):
+    """DiT and text encoder as one; the DiT on whole windows runs compiled where that is asked for and works."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__()
+        self.dit = DiT(transformer_config(args))
+        self.text = build_encoder(args.text_dim)
+        init_weights(self.dit)
+        self.fast: Callable[..., Tensor] = self.velocity
+
+    def compile_whole(self) -> None:
+        torch._dynamo.config.suppress_errors = True
+        self.fast = torch.compile(self.velocity, dynamic=False)
+
+    def velocity(self, noised: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        return self.dit(noised, timestep, self.dit.encode_context(text))
+
+    def loss(self, example: Example, ids: Tensor, *, whole: bool) -> Tensor:
+        """Mean squared error of the velocity over the frames that are learnt."""
+        text = encode_text(self.text, ids)
+        predicted = (self.fast if whole else self.velocity)(example.noised, example.timestep, text)
+        error = (predicted.float() - example.velocity).square().mean((1, 3, 4), keepdim=True) * example.learnt
+        return error.sum() / example.learnt.sum().clamp_min(1)
+
+
+class Batches:
+    """Endless training batches: examples with their token ids."""
+
+    def __init__(self, first: Clips, mid: Clips, generator: torch.Generator, batch: int) -> None:
+        self.first, self.mid, self.generator, self.batch = first, mid, generator, batch
+        self.longest = first.latents.shape[2]
+        self.ids = prompt_ids().to(generator.device)
+
+    def shape(self, step: int) -> tuple[int, bool]:
+        """(latent frames, end image) of batch `step`; drawn on the host, so that the device is not waited for."""
+        chance, length = torch.rand(2, generator=torch.Generator().manual_seed(step)).tolist()
+        if chance < SHORTER:
+            return 1 + int(length * (self.longest - 1)), False
+        return self.longest, chance > 1 - WITH_END
+
+    def draw(self, frames: int, end: bool) -> tuple[Example, Tensor]:
+        example = make_example(self.first, self.mid, self.batch, frames, end, self.generator)
+        dropped = torch.rand(self.batch, 1, generator=self.generator, device=self.ids.device) < UNCONDITIONAL
+        blank = unconditional_ids(self.batch, self.generator)
+        return example, torch.where(dropped, blank, self.ids[example.prompt])
+
+
+def encode_all(vae: VAE, args: argparse.Namespace, generator: torch.Generator) -> tuple[Clips, Clips]:
+    """Clips that start at their video's first frame, and half as many from later on."""
+    options = {"frames": args.frames, "canvas": (args.height, args.width), "batch": args.encode_batch}
+    seconds = 60 * args.encode_minutes
+    first = encode_clips(vae, args.clips * 2 // 3, seconds * 2 / 3, "first", generator, **options)
+    mid = encode_clips(vae, args.clips // 3, seconds / 3, "mid", generator, **options)
+    values = first.latents.float()
+    print(
+        f"{len(first.prompt)} first and {len(mid.prompt)} mid clips, latents {tuple(values.shape[1:])}, "
+        f"mean {values.mean():.3f}, std {values.std():.3f}",
+        flush=True,
+    )
+    return first, mid
+
+
+def train(args: argparse.Namespace) -> None:
+    torch.manual_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    dtype = getattr(torch, args.dtype)
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    model = Model(args).to(args.device, dtype)
+    master = Master({"dit": model.dit, "text": model.text}, weight_decay=args.weight_decay, ema=args.ema)
+    spent_s = 0.0
+    if args.resume:
+        spent_s = master.load(args.resume)["elapsed_s"]
+        generator.manual_seed(args.seed + master.steps)
+    print(f"{parameters([model.dit]) / 1e6:.2f} M + {parameters([model.text]) / 1e6:.2f} M parameters", flush=True)
+    vae = load_vae(args.vae, args.device, dtype)
+    batches = Batches(*encode_all(vae, args, generator), generator, args.batch)
+    if args.compile:
+        model.compile_whole()
+    log = Log(args.out / "train.jsonl", fresh=args.resume is None)
+    clock = Clock(args.minutes, args.session_minutes, spent_s)
+    loop(model, vae, master, batches, clock, log, args)
+    master.save(args.out, {"elapsed_s": clock.elapsed_s})
+    master.swap()
+    evaluate(model.dit, model.text, vae, log, args, full=True)
+
+
+def loop(model: Model, vae: VAE, master: Master, batches: Batches, clock: Clock, log: Log, args) -> None:
+    saved, began, first_step = time.perf_counter(), time.perf_counter(), master.steps
+    while not clock.over and master.steps < args.steps:
+        step = master.steps
+        frames, end = batches.shape(step)
+        example, ids = batches.draw(frames, end)
+        loss = model.loss(example, ids, whole=frames == batches.longest and not end)
+        loss.backward()
+        norm = master.step(clock.rate(args.lr, step, args.warm_up))
+        if step % args.log_every == 0:
+            seconds = (time.perf_counter() - began) / (step + 1 - first_step)
+            shown = {"loss": loss.detach(), "grad_norm": norm, "seconds_per_step": seconds}
+            log(step=step, elapsed_s=clock.elapsed_s, frames=frames, **shown)
+        if time.perf_counter() - saved > args.save_seconds:
+            master.save(args.out, {"elapsed_s": clock.elapsed_s})
+            master.swap()
+            evaluate(model.dit, model.text, vae, log, args, full=False)
+            master.swap()
+            saved = time.perf_counter()
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--vae", type=Path, required=True, help="directory that train_vae wrote")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=10.0, help="of training, sessions together, encoding aside")
+    parser.add_argument("--session_minutes", type=float, default=None, help="stop earlier, to be resumed")
+    parser.add_argument("--steps", type=int, default=10**9, help="stop after so many steps at the latest")
+    parser.add_argument("--resume", type=Path, default=None, help="directory of an earlier session's checkpoint")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=None, help="default: bfloat16 on a GPU")
+    parser.add_argument("--dim", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--text_dim", type=int, default=128)
+    parser.add_argument("--clips", type=int, default=24000, help="to encode at most, two thirds from frame 0")
+    parser.add_argument("--encode_minutes", type=float, default=2.0)
+    parser.add_argument("--encode_batch", type=int, default=32)
+    parser.add_argument("--frames", type=int, default=FRAMES)
+    parser.add_argument("--height", type=int, default=HEIGHT)
+    parser.add_argument("--width", type=int, default=WIDTH)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--warm_up", type=int, default=200)
+    parser.add_argument("--weight_decay", type=float, default=0.01)
+    parser.add_argument("--ema", type=float, default=0.999)
+    parser.add_argument("--compile", action="store_true", help="compile the DiT for whole windows")
+    parser.add_argument("--prompts", type=int, default=40, help="of the evaluation")
+    parser.add_argument("--inference_steps", type=int, default=30)
+    parser.add_argument("--guidance_scale", type=float, nargs="+", default=[3.0, 5.0])
+    parser.add_argument("--shift", type=float, default=5.0)
+    parser.add_argument("--long_frames", type=int, default=145)
+    parser.add_argument("--overlap", type=int, default=17, help="pixel frames between the windows of long videos")
+    parser.add_argument("--log_every", type=int, default=50)
+    parser.add_argument("--save_seconds", type=float, default=150.0)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    return args
+
+
+if __name__ == "__main__":
+    train(parse_args())
