@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import rel_l2
+from torch import Tensor
+
 from skyreels_fast import ops
 from skyreels_fast.ops.adaln import (
     norm_scale_shift_cost,
@@ -13,7 +15,6 @@ from skyreels_fast.ops.adaln import (
     scale_residual_norm_scale_shift_cost,
     scale_residual_norm_scale_shift_ref,
 )
-from torch import Tensor
 
 # batch, frames, tokens a frame, dim: even, one frame, odd sizes
 SIZES = [(2, 4, 6, 64), (1, 1, 7, 32), (3, 5, 1, 33), (1, 3, 11, 129)]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import rel_l2
+from torch import Tensor
+
 from skyreels_fast import ops
 from skyreels_fast.ops.attention import attention_cost, attention_ref
-from torch import Tensor
 
 BACKENDS = ("sdpa", "ref")
 # batch, queries, keys, heads, head size

@@ -271,14 +271,14 @@ def test_a_run_leaves_a_video_and_its_settings(fake, capfd, program):
     assert opened[0] == "tiny"
     assert opened[1] == "cpu"
     assert str(opened[2]) == "torch.float32"
-    assert opened[4] == ("df" if program == "generate_video_df.py" else None)
+    assert opened[4] == ("df" if program == "generate_video_df.py" else "t2v")
     assert sorted(path.parent.iterdir()) == sorted([path, path.with_suffix(".json")])
 
 
 def test_the_recorded_command_makes_the_same_settings(fake, picture):
     words = [*CPU, *shlex.split("--seed 3 --ar_step 2 --causal_block_size 5 --addnoise_condition 20 --fps 12.5"),
-             "--teacache", "--teacache_coefficients", "-1.5,2,1e-07", "--image", picture, "--prompt", "it's -- \"a\" fox",
-             "--negative_prompt", "-blur", "--output", "first.mp4"]  # fmt: skip
+             "--teacache", "--teacache_coefficients", "-1.5,2,1e-07", "--image", picture,
+             "--prompt", "it's -- \"a\" fox", "--negative_prompt", "-blur", "--output", "first.mp4"]  # fmt: skip
     assert cli.generate_video_df(words) == 0
     first = sidecar(Path("first.mp4"))
     python, program, *again = shlex.split(first["command"])

@@ -8,13 +8,14 @@ import pytest
 import torch
 from conftest import GOLDEN, load_golden, rel_l2
 from safetensors.torch import load_file
+from torch import Tensor
+
 from skyreels_fast.config import TransformerConfig
 from skyreels_fast.dit import DiT
 from skyreels_fast.sampling.denoise import denoise
 from skyreels_fast.sampling.teacache import TeaCacheSettings
 from skyreels_fast.sampling.timesteps import hold, sigma_schedule, timestep_matrix, timestep_schedule
 from skyreels_fast.sampling.windows import plan_windows
-from torch import Tensor
 
 RUNS = json.loads((GOLDEN / "pipelines.json").read_text())
 

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import rel_l2
+from torch import Tensor, nn
+
 from skyreels_fast.sampling.denoise import denoise
 from skyreels_fast.sampling.teacache import TeaCacheSettings
 from skyreels_fast.sampling.timesteps import Schedule, hold, sigma_schedule, timestep_matrix, timestep_schedule
-from torch import Tensor, nn
 
 STEPS, SHIFT = 6, 8.0
 SIGMAS = sigma_schedule(STEPS, SHIFT)

@@ -8,9 +8,10 @@ import re
 import pytest
 import torch
 from conftest import GOLDEN, load_golden, rel_l2
+from torch import Tensor
+
 from skyreels_fast.config import TransformerConfig
 from skyreels_fast.dit import DiT
-from torch import Tensor
 
 
 def load_published(dit: DiT, published: dict[str, Tensor]) -> DiT:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import rel_l2
+from torch import Tensor
+
 from skyreels_fast import ops
 from skyreels_fast.config import TransformerConfig
 from skyreels_fast.dit import Context, DiT
 from skyreels_fast.dit.embeddings import sinusoid
-from torch import Tensor
 
 SMALL = {"in_dim": 16, "dim": 48, "ffn_dim": 80, "num_heads": 2, "num_layers": 2, "freq_dim": 16, "text_dim": 12}
 

@@ -71,6 +71,15 @@ def test_an_empty_answer_leaves_the_prompt(model_dir, monkeypatch):
     assert enhance.enhance("a fox", model_dir, "cpu") == "a fox"
 
 
+def test_full_gpu_memory_is_one_clear_line(model_dir, monkeypatch):
+    def generate(self, **_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Qwen2ForCausalLM, "generate", generate)
+    with pytest.raises(ValueError, match="does not fit into GPU memory"):
+        enhance.enhance("a fox", model_dir, "cpu")
+
+
 def test_the_command_prints_both_prompts(model_dir, capsys):
     words = ["--prompt", "a fox", "--model", str(model_dir), "--device", "cpu", "--max_new_tokens", "8", "--seed", "1"]
     assert enhance.main(words) == 0

@@ -9,24 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GOLDEN, load_golden, rel_l2
-from PIL import Image
 
 import skyreels_fast as sf
 
 SETTINGS = json.loads((GOLDEN / "pipelines.json").read_text())
 RENAMED = {"num_inference_steps": "inference_steps", "threshold": "teacache_thresh"}
 IMAGES = {"first": GOLDEN / "first.png", "last": GOLDEN / "last.png"}
-
-
-@pytest.fixture(scope="module")
-def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, sf.Pipeline]:
-    made = {}
-    for mode in ("df", "t2v", "i2v"):
-        directory = tmp_path_factory.mktemp(mode)
-        shutil.copytree(GOLDEN / mode, directory, dirs_exist_ok=True)
-        shutil.copy(GOLDEN / "Wan2.1_VAE.pth", directory)
-        made[mode] = sf.Pipeline.from_pretrained(directory, device="cpu", dtype=torch.float32, mode=mode)
-    return made
 
 
 def _request(settings: dict, golden: dict[str, torch.Tensor]) -> sf.Request:
@@ -74,20 +62,6 @@ def test_a_stream_gives_the_same_frames_as_they_are_decoded(pipelines: dict[str,
     assert max(len(chunk) for chunk in chunks) <= 4
     assert torch.equal(torch.cat(chunks), pipelines["df"](request).frames)
     assert set(result.timings) >= {"text", "load", "denoise", "decode"}
-
-
-def test_images_can_be_handed_over_as_pictures(pipelines: dict[str, sf.Pipeline]) -> None:
-    golden = load_golden("pipelines")
-    values = SETTINGS["df_image"]
-    by_path = pipelines["df"](_request(values, golden))
-    picture = Image.open(IMAGES["first"])
-    request = _request({**values, "image": None}, golden)
-    by_picture = pipelines["df"](sf.Request(**{**_given(request), "image": picture}))
-    assert torch.equal(by_path.frames, by_picture.frames)
-
-
-def _given(request: sf.Request) -> dict:
-    return {name: value for name, value in vars(request).items() if value is not None and name != "source"}
 
 
 def test_weights_stay_put_when_a_directory_is_moved_between_requests(

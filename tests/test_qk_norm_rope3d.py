@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import load_golden, rel_l2
+from torch import Tensor
+
 from skyreels_fast import ops
 from skyreels_fast.ops.qk_norm_rope3d import qk_norm_cost, qk_norm_ref, qk_norm_rope3d_cost, qk_norm_rope3d_ref
-from torch import Tensor
 
 # batch, grid, heads, head size: usual, one frame, odd grid with uneven thirds
 SIZES = [(2, (3, 4, 5), 2, 128), (1, (1, 3, 2), 3, 64), (2, (5, 1, 3), 1, 20), (1, (2, 2, 2), 2, 4)]

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from skyreels_fast.sampling.teacache import Residual, TeaCacheSettings, plan
 
 

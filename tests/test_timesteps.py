@@ -6,6 +6,7 @@ import json
 
 import pytest
 from conftest import GOLDEN
+
 from skyreels_fast.sampling.timesteps import Schedule, hold, sigma_schedule, timestep_matrix, timestep_schedule
 
 TABLES = json.loads((GOLDEN / "schedule.json").read_text())

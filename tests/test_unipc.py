@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import load_golden, rel_l2
+
 from skyreels_fast.sampling.timesteps import hold, sigma_schedule, timestep_matrix, timestep_schedule
 from skyreels_fast.sampling.unipc import UniPC, solver_table
 

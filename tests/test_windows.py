@@ -6,6 +6,7 @@ import itertools
 import re
 
 import pytest
+
 from skyreels_fast.sampling.windows import Window, latent_frames, pixel_frames, plan_windows
 
 

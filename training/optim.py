@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,17 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from training.muon import Muon
+
 SHARD_BYTES = 15 * 2**20  # no checkpoint file is larger: transfers may be limited to 16 MiB a file
 
 
 class Master:
-    """AdamW on float32 copies of the modules' parameters, and their moving average.
+    """Muon and AdamW on float32 copies of the modules' parameters, and their moving average.
 
     The modules themselves compute in whatever dtype they were given; after each step they take the rounded masters.
-    Biases, norms and other vectors get no weight decay.
+    Muon takes the inner matrices and convolutions; AdamW what is left, at a rate of its own and without weight decay.
 
     Args:
         modules: prefix to module; parameters are called "prefix.name".
+        outer: pattern of the names of matrices that AdamW takes as well.
         ema: decay of the moving average, reached after a warm-up.
     """
 
@@ -30,6 +34,7 @@ class Master:
         self,
         modules: dict[str, nn.Module],
         *,
+        outer: str = "",
         weight_decay: float = 0.01,
         betas: tuple[float, float] = (0.9, 0.99),
         ema: float = 0.999,
@@ -39,28 +44,26 @@ class Master:
         self.names, self.params = list(named), list(named.values())
         self.masters = [param.detach().float().clone() for param in self.params]
         self.average = [master.clone() for master in self.masters]
-        matrices = [m for m in self.masters if sum(size > 1 for size in m.shape) > 1]
-        matrix_ids = {id(m) for m in matrices}
-        groups = [
-            {"params": matrices, "weight_decay": weight_decay},
-            {"params": [m for m in self.masters if id(m) not in matrix_ids], "weight_decay": 0.0},
-        ]
-        fused = self.masters[0].is_cuda
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=fused)
+        pairs = list(zip(self.names, self.masters, strict=True))
+        inner = {name: m for name, m in pairs if _is_matrix(m) and not (outer and re.search(outer, name))}
+        self.adamw = {name: m for name, m in pairs if name not in inner}
+        self.muon = Muon(list(inner.values()), weight_decay=weight_decay)
+        rest = list(self.adamw.values())
+        self.optimizer = torch.optim.AdamW(rest, lr=0.0, betas=betas, weight_decay=0.0, fused=rest[0].is_cuda)
         self.ema, self.max_norm, self.steps = ema, max_norm, 0
         for master in self.masters:
             master.grad = torch.zeros_like(master)
         self._reset_moments()
 
     def _reset_moments(self) -> None:
-        for master in self.masters:
+        for master in self.adamw.values():
             step = torch.tensor(float(self.steps), device=master.device if master.is_cuda else "cpu")
             state = {"step": step, "exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
             self.optimizer.state[master] = state
 
     @torch.no_grad()
-    def step(self, rate: float) -> Tensor:
-        """One AdamW step from the modules' gradients, which are cleared. Returns their norm before clipping, 0-dim."""
+    def step(self, rate: float, adamw_rate: float | None = None) -> Tensor:
+        """One step from the modules' gradients, which are cleared. Returns their norm before clipping, 0-dim."""
         grads = [master.grad for master in self.masters]
         torch._foreach_zero_(grads)
         used = [i for i, param in enumerate(self.params) if param.grad is not None]
@@ -68,8 +71,9 @@ class Master:
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         torch._foreach_mul_(grads, (self.max_norm / (norm + 1e-6)).clamp(max=1.0))
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate if adamw_rate is None else adamw_rate
         self.optimizer.step()
+        self.muon.step(rate)
         self.steps += 1
         torch._foreach_copy_(self.params, self.masters)
         torch._foreach_lerp_(self.average, self.masters, 1 - min(self.ema, self.steps / (self.steps + 10)))
@@ -85,9 +89,12 @@ class Master:
         torch._foreach_copy_(self.average, held)
         torch._foreach_copy_(self.params, self.masters)
 
-    def _kinds(self) -> dict[str, list[Tensor]]:
-        squares = [self.optimizer.state[master]["exp_avg_sq"] for master in self.masters]
-        return {"ema": self.average, "master": self.masters, "squares": squares}
+    def _kinds(self) -> dict[str, dict[str, Tensor]]:
+        squares = {name: self.optimizer.state[master]["exp_avg_sq"] for name, master in self.adamw.items()}
+        named = {"ema": self.average, "master": self.masters}
+        return {kind: dict(zip(self.names, values, strict=True)) for kind, values in named.items()} | {
+            "squares": squares
+        }
 
     def save(self, directory: Path, meta: dict[str, Any]) -> None:
         """Write average, masters and second moments in bfloat16, in shards, and `meta` as state.json.
@@ -98,7 +105,7 @@ class Master:
         tensors = {
             f"{kind}/{name}": tensor.to("cpu", torch.bfloat16)
             for kind, values in self._kinds().items()
-            for name, tensor in zip(self.names, values, strict=True)
+            for name, tensor in values.items()
         }
         save_shards(directory, tensors)
         (directory / "state.json").write_text(json.dumps({**meta, "steps": self.steps}, indent=2) + "\n")
@@ -111,9 +118,9 @@ class Master:
         self._reset_moments()
         for kind, tensors in self._kinds().items():
             saved = load_shards(directory, kind)
-            if saved.keys() != set(self.names):
+            if saved.keys() != tensors.keys():
                 raise ValueError(f"{directory}: the checkpoint's parameters are not this model's; check its sizes")
-            for name, tensor in zip(self.names, tensors, strict=True):
+            for name, tensor in tensors.items():
                 if saved[name].shape != tensor.shape:
                     raise ValueError(
                         f"{directory}: {name} has shape {tuple(saved[name].shape)}, not {tuple(tensor.shape)}"
@@ -121,6 +128,10 @@ class Master:
                 tensor.copy_(saved[name])
         torch._foreach_copy_(self.params, self.masters)
         return meta
+
+
+def _is_matrix(tensor: Tensor) -> bool:
+    return tensor.ndim > 1 and min(tensor.shape[0], tensor[0].numel()) > 1
 
 
 def save_shards(directory: Path, tensors: dict[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -28,6 +29,8 @@ from training.text import TEXT_LEN, build_encoder, encode_text, prompt_ids, unco
 UNCONDITIONAL = 0.1
 SHORTER = 0.3  # of the batches hold fewer latent frames than the longest
 WITH_END = 0.05  # of the batches have an end image
+OUTER = r"shared|relative_attention_bias"  # tables, whose rows learn one by one
+IMPLIED = ("patch_size", "window_size", "qk_norm", "cross_attn_norm")  # what a published config.json leaves out
 
 
 def transformer_config(args: argparse.Namespace) -> TransformerConfig:
@@ -133,7 +136,8 @@ def train(args: argparse.Namespace) -> None:
     dtype = getattr(torch, args.dtype)
     generator = torch.Generator(args.device).manual_seed(args.seed)
     model = Model(args).to(args.device, dtype)
-    master = Master({"dit": model.dit, "text": model.text}, weight_decay=args.weight_decay, ema=args.ema)
+    modules = {"dit": model.dit, "text": model.text}
+    master = Master(modules, outer=args.outer, weight_decay=args.weight_decay, ema=args.ema)
     spent_s = 0.0
     if args.resume:
         spent_s = master.load(args.resume)["elapsed_s"]
@@ -146,9 +150,14 @@ def train(args: argparse.Namespace) -> None:
     log = Log(args.out / "train.jsonl", fresh=args.resume is None)
     clock = Clock(args.minutes, args.session_minutes, spent_s)
     loop(model, vae, master, batches, clock, log, args)
-    master.save(args.out, {"elapsed_s": clock.elapsed_s})
+    save(master, model, clock, args)
     master.swap()
     evaluate(model.dit, model.text, vae, log, args, full=True)
+
+
+def save(master: Master, model: Model, clock: Clock, args: argparse.Namespace) -> None:
+    config = {name: value for name, value in asdict(model.dit.config).items() if name not in IMPLIED}
+    master.save(args.out, {"elapsed_s": clock.elapsed_s, "config": config})
 
 
 def loop(model: Model, vae: VAE, master: Master, batches: Batches, clock: Clock, log: Log, args) -> None:
@@ -159,13 +168,14 @@ def loop(model: Model, vae: VAE, master: Master, batches: Batches, clock: Clock,
         example, ids = batches.draw(frames, end)
         loss = model.loss(example, ids, whole=frames == batches.longest and not end)
         loss.backward()
-        norm = master.step(clock.rate(args.lr, step, args.warm_up))
+        rate = clock.rate(args.lr, step, args.warm_up)
+        norm = master.step(rate, args.adamw * rate)
         if step % args.log_every == 0:
             seconds = (time.perf_counter() - began) / (step + 1 - first_step)
             shown = {"loss": loss.detach(), "grad_norm": norm, "seconds_per_step": seconds}
             log(step=step, elapsed_s=clock.elapsed_s, frames=frames, **shown)
         if time.perf_counter() - saved > args.save_seconds:
-            master.save(args.out, {"elapsed_s": clock.elapsed_s})
+            save(master, model, clock, args)
             master.swap()
             evaluate(model.dit, model.text, vae, log, args, full=False)
             master.swap()
@@ -192,7 +202,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--height", type=int, default=HEIGHT)
     parser.add_argument("--width", type=int, default=WIDTH)
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--outer", default=OUTER)
+    parser.add_argument(
+        "--adamw", type=float, default=0.5, help="AdamW's rate for tables and vectors, in units of --lr"
+    )
     parser.add_argument("--warm_up", type=int, default=200)
     parser.add_argument("--weight_decay", type=float, default=0.01)
     parser.add_argument("--ema", type=float, default=0.999)

@@ -95,7 +95,7 @@ def train_step(vae: VAE, master: Master, batch: tuple, rate: float, generator: t
     video, covered = clips(n, frames, generator, (args.height, args.width), crop)
     losses = objective(vae, video, covered, generator, args)
     losses["loss"].backward()
-    losses["grad_norm"] = master.step(rate)
+    losses["grad_norm"] = master.step(rate, rate * args.adamw)
     return losses
 
 
@@ -218,7 +218,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--height", type=int, default=HEIGHT)
     parser.add_argument("--width", type=int, default=WIDTH)
     parser.add_argument("--crop", type=int, default=64, help="height and width of the cropped batches")
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=6e-3)
+    parser.add_argument("--adamw", type=float, default=0.3, help="AdamW's rate for vectors, in units of --lr")
     parser.add_argument("--warm_up", type=int, default=100)
     parser.add_argument("--weight_decay", type=float, default=0.01)
     parser.add_argument("--ema", type=float, default=0.998)

@@ -16,7 +16,7 @@ FIELDS["video"] = "video_path"  # field of a Request: flag, where they differ
 
 _DF_EXAMPLES = """examples:
   a try-out with the bundled model, on any machine
-    generate_video_df.py --model_id tiny --prompt "A red fox in the snow"
+    generate_video_df.py --model_id tiny --prompt "a red circle moving right on a black background"
   four seconds from text
     generate_video_df.py --model_id Skywork/SkyReels-V2-DF-14B-540P --prompt "..." --seed 42
   from a first frame, or from a first to a last one

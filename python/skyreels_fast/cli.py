@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._flags import FIELDS, UsageError, parser, request_values
+from ._sidecar import describe_run, write_json
 from .request import Request
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def _open(program: str, mode: str, args: argparse.Namespace, request: Request) -
         device=args.device,
         dtype=getattr(torch, args.dtype),
         offload=args.offload,
-        mode="df" if mode == "df" else None,
+        mode=mode,
     )
     plan = pipe.plan(request)
     original = plan.settings.prompt
@@ -91,8 +92,6 @@ def _open(program: str, mode: str, args: argparse.Namespace, request: Request) -
     for note in settings.notes:
         _say(program, f"note: {_with_flag(note)}")
     print(plan.describe(), flush=True)
-
-    from ._sidecar import describe_run  # it names the settings by their flags
 
     name = output_path(args.outdir, settings.prompt, settings.seed, datetime.datetime.now())
     record = describe_run(program, args, settings)
@@ -136,8 +135,6 @@ def _finish(job: _Job, writer: VideoWriter | None, code: int) -> int:
     complete = code == 0 and writer.frames == job.plan.frames
     job.record = {"complete": complete, "video": job.path.name, "frames": writer.frames, **job.record}
     try:
-        from ._sidecar import write_json
-
         write_json(job.path.with_suffix(".json"), job.record)
     except OSError as error:
         _say(job.program, f"the settings could not be saved beside the video: {_one_line(error)}")

@@ -97,9 +97,7 @@ class TransformerConfig:
         Raises ValueError naming a missing key or a value that no SkyReels-V2 model has.
         """
         known = {field.name: field for field in dataclasses.fields(cls)}
-        missing = [
-            name for name, field in known.items() if field.default is dataclasses.MISSING and name not in values
-        ]
+        missing = [name for name, field in known.items() if field.default is dataclasses.MISSING and name not in values]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
         kept = {name: values[name] for name in known if name in values}

@@ -23,6 +23,8 @@ the style (a photograph in motion unless the idea says otherwise).
 
 Answer with the description alone."""
 
+_TOO_BIG = "the prompt enhancer's model {} does not fit into GPU memory: take a smaller one, or enhance on the CPU"
+
 
 def enhance(
     prompt: str,
@@ -38,7 +40,7 @@ def enhance(
 
     Returns one line; the prompt itself should the model answer nothing.
 
-    Raises ValueError: the model cannot be had, or is none to chat with.
+    Raises ValueError: the model cannot be had, is none to chat with, or does not fit into memory.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
@@ -48,6 +50,8 @@ def enhance(
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_id)
         model = AutoModelForCausalLM.from_pretrained(model_id, **{named: "auto"}).to(device).eval()
+    except torch.cuda.OutOfMemoryError:
+        raise ValueError(_TOO_BIG.format(model_id)) from None
     except (OSError, ValueError, KeyError) as error:
         said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"the prompt enhancer's model {model_id} cannot be loaded: {said}") from None
@@ -62,6 +66,8 @@ def enhance(
         with torch.inference_mode():
             tokens = model.generate(**inputs, max_new_tokens=max_new_tokens)
         answer = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    except torch.cuda.OutOfMemoryError:
+        raise ValueError(_TOO_BIG.format(model_id)) from None
     finally:
         del model
         gc.collect()

@@ -190,7 +190,7 @@ class Pipeline:
     def _given(
         self, vae: VAE, window: Window, settings: Settings, history: History
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Latents held through a window: the earlier frames' or the image's at its start, the end image's at its end."""
+        """Latents held through a window: of earlier frames or the image at its start, of the end image at its end."""
         prefix = end = None
         if window.prefix and history.frames:
             prefix = vae.encode_stream(history.chunks())

@@ -1,0 +1,370 @@
+"""The bundled model's world, judge and training: what they promise, at toy sizes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import rel_l2
+from transformers import AutoTokenizer
+
+from benchmarks import adherence
+from benchmarks.judge import describe, judge, judge_image, judge_long
+from skyreels_fast.checkpoint import Checkpoint
+from skyreels_fast.dit import DiT
+from skyreels_fast.encoders.text import TextEncoder
+from training import package, train_df, train_vae
+from training.data import HEIGHT, SIZE, WIDTH, Scenes, coverage, draw_scenes, render, sample_batch, trajectory
+from training.latents import Clips, scene_index
+from training.muon import orthogonalise
+from training.noising import make_example, noise_levels
+from training.optim import Master
+from training.prompts import (
+    ALL_SCENES,
+    COLOURS,
+    HELDOUT_SCENES,
+    MOTIONS,
+    SHAPES,
+    TRAIN_SCENES,
+    Scene,
+    parse,
+    save_tokenizer,
+    token_ids,
+)
+from training.text import encode_text, prompt_ids, unconditional_ids
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def frames_of(video: torch.Tensor) -> np.ndarray:
+    return ((video.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).numpy()
+
+
+def test_heldout_scenes_are_a_spread_tenth() -> None:
+    assert len(ALL_SCENES) == 640
+    assert len(set(HELDOUT_SCENES)) == 64
+    assert not set(HELDOUT_SCENES) & set(TRAIN_SCENES)
+    for i, values in enumerate((8, 4, 5, 4)):
+        counts = Counter(scene[i] for scene in HELDOUT_SCENES)
+        assert len(counts) == values
+        assert max(counts.values()) - min(counts.values()) <= 1
+    for i in range(4):
+        for j in range(i):
+            kept, possible = (Counter((s[i], s[j]) for s in scenes) for scenes in (TRAIN_SCENES, ALL_SCENES))
+            assert min(kept[pair] / possible[pair] for pair in possible) > 0.8
+
+
+def test_prompts_read_back() -> None:
+    assert all(parse(scene.prompt) == scene for scene in ALL_SCENES)
+    assert parse("A Red  circle standing still on a dark blue background.").background == "dark blue"
+    with pytest.raises(ValueError, match="a red cube"):
+        parse("a red cube standing still on a black background")
+
+
+def test_tokenizer_loads_and_agrees_with_token_ids(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    prompts = [ALL_SCENES[0].prompt, "", "Foo, A  Red star!", "色调艳丽，过曝", ALL_SCENES[-1].prompt.upper()]
+    assert [tokenizer(prompt).input_ids for prompt in prompts] == [token_ids(prompt) for prompt in prompts]
+    assert tokenizer("").input_ids == [1]
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 2)
+    assert all(2 not in token_ids(scene.prompt) for scene in ALL_SCENES)
+
+
+def test_shapes_have_their_areas_centres_and_extents() -> None:
+    size = torch.full((4,), 40.0)
+    covered = coverage(torch.arange(4), size, torch.full((4, 1, 2), 32.3), (64, 64))[:, 0]
+    star = 5 * (40 * 0.5 / math.sin(0.4 * math.pi)) ** 2 * 0.45 * math.sin(math.pi / 5)
+    areas = torch.tensor([math.pi * 20**2, (2 * 0.44 * 40) ** 2, math.sqrt(3) / 4 * 40**2, star])
+    torch.testing.assert_close(covered.sum((1, 2)), areas, rtol=0.01, atol=0)
+    for shape, image in enumerate(covered):
+        columns = (image.amax(0) > 0.05).nonzero()
+        middle = (columns.min() + columns.max() + 1) / 2
+        assert abs(middle - 32.3) < 0.8, SHAPES[shape]
+        assert columns.max() - columns.min() + 1 <= 42
+        torch.testing.assert_close(image, coverage_mirrored(shape), atol=1e-4, rtol=0)
+
+
+def coverage_mirrored(shape: int) -> torch.Tensor:
+    position = torch.tensor([[[64 - 32.3, 32.3]]])
+    return coverage(torch.tensor([shape]), torch.tensor([40.0]), position, (64, 64))[0, 0].flip(-1)
+
+
+def test_videos_keep_their_direction_stay_inside_and_bounce(generator: torch.Generator) -> None:
+    scenes = draw_scenes(400, generator)
+    position = trajectory(scenes, 200)
+    unit = torch.tensor(list(MOTIONS.values()), dtype=torch.float32)[scenes.attributes[:, 2]]
+    steps = position.diff(dim=1)
+    expected = (unit * scenes.speed[:, None])[:, None]
+    torch.testing.assert_close(steps[:, :24], expected.expand(-1, 24, -1), atol=1e-3, rtol=0)
+    assert (steps.abs() <= expected.abs() + 1e-3).all()
+    moving = scenes.speed > 0
+    assert ((scenes.speed[moving] >= 0.75) & (scenes.speed[moving] <= 2)).all()
+    assert (steps[moving] * unit[moving][:, None]).sum(-1).amin(1).max() < 0  # every one has turned round
+    _, covered = render(scenes, position[:, ::40])
+    border = torch.cat([covered[..., 0, :], covered[..., -1, :], covered[..., :, 0], covered[..., :, -1]], dim=-1)
+    assert border.max() <= 0.5 + 1e-4  # half a pixel of anti-aliasing
+
+
+def test_mid_clips_are_later_parts_of_videos(generator: torch.Generator) -> None:
+    scenes = draw_scenes(8, generator)
+    whole = trajectory(scenes, 120)
+    start = torch.arange(8) * 10
+    parts = trajectory(scenes, 50, start)
+    for i in range(8):
+        torch.testing.assert_close(parts[i], whole[i, start[i] : start[i] + 50], atol=1e-3, rtol=0)
+    with pytest.raises(ValueError, match="neither"):
+        sample_batch(1, generator, start="last")
+
+
+def test_judge_knows_right_from_wrong(generator: torch.Generator) -> None:
+    prompts = [prompt for prompt, _ in adherence.spread_prompts(40)]
+    video, _, _ = sample_batch(40, generator, prompts=prompts)
+    for frames, prompt in zip(frames_of(video), prompts, strict=True):
+        assert all(judge(frames, prompt).values()), (prompt, describe(frames))
+        scene = parse(prompt)
+        other = next(s for s in ALL_SCENES if not set(s) & set(scene))
+        assert not any(judge(frames, other.prompt).values())
+        for name in Scene._fields:
+            changed = scene._replace(**{name: getattr(other, name)})
+            assert {key for key, right in judge(frames, changed.prompt).items() if not right} == {name}
+
+
+def test_judge_bears_blur_and_noise(generator: torch.Generator) -> None:
+    prompts = [scene.prompt for scene in HELDOUT_SCENES[::4]]
+    video, _, _ = sample_batch(16, generator, prompts=prompts)
+    blurred = torch.nn.functional.avg_pool3d(video, (1, 3, 3), stride=1, padding=(0, 1, 1), count_include_pad=False)
+    noisy = blurred + 0.08 * torch.randn(video.shape, generator=generator)
+    for frames, prompt in zip(frames_of(noisy), prompts, strict=True):
+        assert all(judge(frames, prompt).values()), (prompt, describe(frames))
+
+
+def test_judge_finds_nothing_in_nothing(generator: torch.Generator) -> None:
+    prompt = "a red circle standing still on a gray background"
+    flat = np.full((49, HEIGHT, WIDTH, 3), 105, dtype=np.uint8)
+    assert judge(flat, prompt) == {"colour": False, "shape": False, "motion": False, "background": True}
+    noise = torch.rand(1, 3, 25, HEIGHT, WIDTH, generator=generator) * 2 - 1
+    assert not any(judge(frames_of(noise)[0], prompt)[name] for name in ("colour", "shape"))
+
+
+def test_judge_of_images_and_long_videos(generator: torch.Generator) -> None:
+    prompt = ALL_SCENES[77].prompt
+    frames = frames_of(sample_batch(1, generator, prompts=[prompt], frames=145)[0])[0]
+    assert all(judge_long(frames, prompt).values())
+    assert all(judge_image(frames, frames[0], prompt).values())
+    assert not judge_image(frames, frames[20][:, ::-1], prompt)["image"]
+    frames[100:] = frames[100:].mean((1, 2), keepdims=True)
+    assert not judge_long(frames, prompt)["shape"]
+
+
+def test_benchmark_prompts_cover_every_attribute() -> None:
+    chosen = adherence.spread_prompts(40)
+    assert len(set(chosen)) == 40
+    assert sum(heldout for _, heldout in chosen) >= 12
+    assert all((parse(prompt) in HELDOUT_SCENES) == heldout for prompt, heldout in chosen)
+    counts = Counter(name for prompt, _ in chosen for name in parse(prompt))
+    assert min(counts[name] for name in COLOURS) >= 4
+    assert min(counts[name] for name in (*SHAPES, *MOTIONS)) >= 7
+
+
+def toy_clips(n: int, frames: int = 6) -> Clips:
+    return Clips(torch.randn(n, 16, frames, 2, 4), torch.randn(n, 16, 1, 2, 4), torch.arange(n))
+
+
+@pytest.mark.parametrize("end", [False, True])
+def test_examples_hold_what_is_given(end: bool, generator: torch.Generator) -> None:
+    example = make_example(toy_clips(5), toy_clips(5), 200, 6, end, generator)
+    level = example.timestep[:, None, :, None, None] / 1000
+    clean = example.noised - level * example.velocity
+    held = (example.timestep == 0)[:, None, :, None, None]
+    assert torch.equal(held, example.learnt == 0)
+    torch.testing.assert_close(torch.where(held, example.noised - clean, 0), torch.zeros_like(clean))
+    assert example.noised.shape[2] == 6 + end
+    if end:
+        assert (example.timestep[:, -1] == 0).all()
+    prefixes = (example.timestep == 0).long().cumprod(1).sum(1)
+    assert 0.1 < (prefixes > 0).float().mean() < (1 if end else 0.6)
+    assert (example.timestep[:, :6] > 0).any(1).float().mean() > 0.9
+
+
+def test_noise_levels_cover_the_samplers(generator: torch.Generator) -> None:
+    levels = noise_levels(2000, 8, generator)
+    assert levels.min() >= 0 and 0.99 < levels.max() < 1
+    equal = (levels == levels[:, :1]).all(1).float().mean()
+    assert 0.3 < equal < 0.5
+    rising = (levels.diff(dim=1) >= 0).all(1) & (levels[:, 0] < levels[:, -1])
+    assert rising.float().mean() > 0.1
+
+
+def test_unconditional_ids_end_like_prompts(generator: torch.Generator) -> None:
+    ids = unconditional_ids(300, generator)
+    assert ((ids == 1).sum(1) == 1).all()
+    after = (ids == 1).long().cumsum(1).sub((ids == 1).long()) > 0
+    assert (ids[after] == 0).all()
+    assert 0.35 < (ids[:, 0] == 1).float().mean() < 0.65
+    assert scene_index(torch.tensor([[7, 3, 4, 3], [0, 0, 0, 0]])).tolist() == [639, 0]
+
+
+def test_orthogonalise_evens_singular_values(generator: torch.Generator) -> None:
+    for shape in ((3, 8, 32), (2, 48, 16)):
+        values = torch.linalg.svdvals(orthogonalise(torch.randn(shape, generator=generator)))
+        assert values.min() > 0.5 and values.max() < 1.3
+
+
+def test_master_learns_swaps_and_resumes(tmp_path: Path, generator: torch.Generator) -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
+    master = Master({"net": net}, ema=0.9)
+    x, y = torch.randn(64, 8, generator=generator), torch.randn(64, 4, generator=generator)
+    losses = []
+    for _ in range(60):
+        loss = (net(x) - y).square().mean()
+        loss.backward()
+        losses.append(loss.item())
+        master.step(2e-2, 1e-2)
+    assert losses[-1] < 0.7 * losses[0]
+    before = net[0].weight.clone()
+    master.swap()
+    assert not torch.equal(net[0].weight, before)
+    master.swap()
+    assert torch.equal(net[0].weight, before)
+    master.save(tmp_path, {"elapsed_s": 3.5})
+    other = Master({"net": torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))})
+    assert other.load(tmp_path) == {"elapsed_s": 3.5, "steps": 60}
+    assert rel_l2(other.params[0].detach(), before.detach()) < 4e-3  # rounded to bfloat16
+    assert (other.steps, len(list(tmp_path.glob("state-*.pt")))) == (60, 1)
+    with pytest.raises(ValueError, match="sizes"):
+        Master({"net": torch.nn.Linear(8, 4)}).load(tmp_path)
+
+
+VAE_ARGS = [
+    "--base_dim",
+    "8",
+    "--batch",
+    "1",
+    "--frames",
+    "5",
+    "--long_frames",
+    "5",
+    "--height",
+    "32",
+    "--width",
+    "32",
+    "--crop",
+    "16",
+    "--statistics",
+    "2",
+]
+DF_ARGS = [
+    "--dim",
+    "64",
+    "--layers",
+    "1",
+    "--clips",
+    "6",
+    "--encode_batch",
+    "2",
+    "--frames",
+    "9",
+    "--height",
+    "32",
+    "--width",
+    "32",
+    "--batch",
+    "2",
+    "--prompts",
+    "3",
+    "--inference_steps",
+    "2",
+    "--long_frames",
+    "13",
+    "--overlap",
+    "5",
+    "--guidance_scale",
+    "2",
+    "--log_every",
+    "1",
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both stages run for two steps, stopped, resumed and packaged."""
+    root = tmp_path_factory.mktemp("trained")
+    vae, df = root / "vae", root / "df"
+    for steps, resume in ((2, []), (3, ["--resume", str(vae)])):
+        options = ["--out", str(vae), "--device", "cpu", "--steps", str(steps), *VAE_ARGS, *resume]
+        train_vae.train(train_vae.parse_args(options))
+    for steps, resume in ((2, []), (3, ["--resume", str(df), "--save_seconds", "0"])):
+        options = ["--vae", str(vae), "--out", str(df), "--device", "cpu", "--steps", str(steps), *DF_ARGS, *resume]
+        train_df.train(train_df.parse_args(options))
+    (root / "results").mkdir()
+    shares = {"colour": {"all": 1.0, "heldout": 0.5, "asked": 0.95}}
+    (root / "results" / "sync.json").write_text(json.dumps({"shares": shares}))
+    sizes = ["--height", "32", "--width", "32", "--frames", "9", "--inference_steps", "2"]
+    where = ["--vae", str(vae), "--df", str(df), "--out", str(root / "tiny"), "--results", str(root / "results")]
+    package.main([*where, *sizes])
+    return root
+
+
+def test_training_resumes_and_logs(trained: Path) -> None:
+    for stage, steps in (("vae", 3), ("df", 3)):
+        assert json.loads((trained / stage / "state.json").read_text())["steps"] == steps
+    rows = [json.loads(line) for line in (trained / "df" / "train.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "step" in row] == [0, 1, 2]
+    assert {"sync", "async", "image", "long", "long async"} <= {row.get("event") for row in rows}
+    statistics = json.loads((trained / "vae" / "vae_config.json").read_text())
+    assert len(statistics["latents_mean"]) == 16 and min(statistics["latents_std"]) > 0
+
+
+def test_package_gives_back_the_trained_model(trained: Path, generator: torch.Generator) -> None:
+    args = train_df.parse_args(["--vae", "x", "--out", "y", *DF_ARGS])
+    model = train_df.Model(args)
+    master = Master({"dit": model.dit, "text": model.text}, outer=args.outer)
+    master.load(trained / "df")
+    master.swap()
+    checkpoint = Checkpoint.open(trained / "tiny")
+    checkpoint.require("vae", "text_encoder")
+    with torch.device("meta"):
+        dit = DiT(checkpoint.config)
+    checkpoint.load_transformer(dit, "cpu", torch.float32)
+    prompt = ALL_SCENES[5].prompt
+    latents, timestep = torch.randn(1, 16, 3, 4, 4, generator=generator), torch.tensor([[0, 500, 999]])
+    with torch.no_grad():
+        text = encode_text(model.text, prompt_ids([prompt]))
+        context = TextEncoder.load(checkpoint, torch.float32).encode([prompt])[0]
+        assert rel_l2(context, text[0, : len(context)]) < 1e-5
+        expected = model.dit(latents, timestep, model.dit.encode_context(text))
+        assert rel_l2(dit(latents, timestep, dit.encode_context(context[None])), expected) < 1e-5
+    assert checkpoint.mode_hint() == "df"
+    assert checkpoint.vae_statistics()[0] != (0.0,) * 16
+
+
+def test_model_card_lists_what_was_held_out(trained: Path) -> None:
+    card = (trained / "tiny" / "README.md").read_text()
+    assert all(scene.prompt in card for scene in HELDOUT_SCENES)
+    assert "| sync | 100% (50%) |" in card
+
+
+def test_benchmark_runs_through_the_pipeline(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    options = ["--model_id", str(trained / "tiny"), "--n", "2", "--device", "cpu", "--out", str(tmp_path / "out.json")]
+    assert adherence.main(options) == 1  # two steps teach it nothing
+    assert adherence.main([*options, "--image-test"]) == 1
+    assert len(json.loads((tmp_path / "out.json").read_text())["rows"]) == 2
+    assert "asked for" in capsys.readouterr().out
+
+
+def test_sizes_scale_with_small_canvases(generator: torch.Generator) -> None:
+    scenes = draw_scenes(50, generator, canvas=(48, 64))
+    assert isinstance(scenes, Scenes)
+    assert scenes.size.max() <= SIZE[1] / 2
+    position = trajectory(scenes, 100, canvas=(48, 64))
+    assert position.amin() > 0 and (position.amax((0, 1)) < torch.tensor([64.0, 48.0])).all()
