@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from imageio.core.v3_plugin_api import PluginV3
     from PIL.Image import Image
 
 
@@ -25,22 +27,25 @@ def open_image(source: str | os.PathLike | Image) -> Image:
         raise ValueError(f"is not a readable image ({first_line(error)}): give a PNG or JPEG file") from None
 
 
-def open_video(path: str | os.PathLike) -> tuple[dict, Iterator[bytes]]:
-    """What ffmpeg says of a video ("size": (width, height), "fps", ...) and its frames, each H*W*3 bytes of RGB.
+@contextmanager
+def open_video(path: str | os.PathLike) -> Iterator[PluginV3]:
+    """imageio's view of a video: `metadata()` with "size": (width, height) and "fps"; `iter()` of uint8 RGB frames.
 
-    Close the iterator (a generator) when done early. ValueError if the file is no video.
+    ValueError if the file is no video.
     """
-    import imageio_ffmpeg
+    from imageio.v3 import imopen
 
     check_file(path)
     try:
-        # "file:" keeps ffmpeg from reading a name with a colon as an address.
-        frames = imageio_ffmpeg.read_frames(f"file:{Path(path).absolute()}")
-        meta = next(frames)
+        # An absolute path, so that ffmpeg never takes a name with a colon for an address.
+        # The extension tells imageio that a video it is, whatever the file is called.
+        video = imopen(Path(path).absolute(), "r", plugin="FFMPEG", extension=".mp4")
+        video.metadata()
     except Exception as error:  # ffmpeg's report is parsed, which fails in many ways on other files
         reason = "ffmpeg finds no picture in it" if isinstance(error, (OSError, IndexError)) else first_line(error)
         raise ValueError(f"is not a readable video ({reason}): give an MP4, MOV, WebM or similar file") from None
-    return meta, frames
+    with video:
+        yield video
 
 
 def check_file(path: object) -> None:

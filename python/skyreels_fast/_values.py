@@ -123,9 +123,9 @@ def probe_video(name: str, value: Any, frames: int) -> tuple[int, int, float | N
 def _probe_video_file(name: str, path: Any, frames: int) -> tuple[int, tuple[int, int], float | None]:
     """Frames found, `frames` at most, (height, width) and fps."""
     try:
-        meta, reader = open_video(path)
-        found = sum(1 for _ in zip(range(frames), reader, strict=False))
-        reader.close()
+        with open_video(path) as video:
+            meta = video.metadata()
+            found = sum(1 for _ in zip(range(frames), video.iter(), strict=False))
     except (ValueError, RuntimeError) as error:
         raise RequestError(name, path, str(error).split("\n")[0]) from None
     width, height = meta["size"]

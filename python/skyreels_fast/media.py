@@ -8,8 +8,9 @@ import os
 import tempfile
 import unicodedata
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -32,6 +33,9 @@ __all__ = [
     "output_path",
     "to_uint8",
 ]
+
+if TYPE_CHECKING:
+    from imageio.core.v3_plugin_api import PluginV3
 
 ImageLike: TypeAlias = "str | os.PathLike | Image.Image"
 CHUNK_FRAMES = 8
@@ -86,23 +90,23 @@ class VideoSource:
             self.height, self.width = self._array.shape[1:3]
             return
         self._path = source
-        meta, frames = self._open()
-        frames.close()
+        with self._open() as video:
+            meta = video.metadata()
         self.width, self.height = meta["size"]
         self.fps = meta["fps"] or None
 
     @property
     def frame_count(self) -> int:
         """Frames in the video; those of a file are counted by decoding it."""
-        return len(self._array) if self._path is None else sum(1 for _ in self._open()[1])
+        return sum(1 for _ in self) if self._path is not None else len(self._array)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Frames as uint8 [H, W, 3]."""
         if self._path is None:
             yield from self._array
             return
-        for frame in self._open()[1]:
-            yield np.frombuffer(frame, np.uint8).reshape(self.height, self.width, 3)
+        with self._open() as video:
+            yield from video.iter()
 
     def fitted(self, height: int, width: int) -> Iterator[Tensor]:
         """Frames cropped and resized as `fit_image` does, in chunks: uint8 [n, height, width, 3], n at most 8."""
@@ -110,9 +114,11 @@ class VideoSource:
         while chunk := list(itertools.islice(frames, CHUNK_FRAMES)):
             yield torch.cat([_as_tensor(_fit(Image.fromarray(frame), height, width)) for frame in chunk])
 
-    def _open(self) -> tuple[dict, Iterator[bytes]]:
+    @contextmanager
+    def _open(self) -> Iterator[PluginV3]:
         try:
-            return open_video(self._path)
+            with open_video(self._path) as video:
+                yield video
         except ValueError as error:
             raise ValueError(f"{self._path}: {error}") from None
 
