@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from conftest import load_golden, rel_l2
@@ -171,3 +173,20 @@ def test_errors_name_the_values() -> None:
 def test_costs_count_every_byte_once() -> None:
     assert qk_norm_cost((2, 12, 2, 8))[0] == 384 * 2 * 2
     assert qk_norm_rope3d_cost((2, 12, 2, 8))[0] == 384 * 4 * 2
+
+
+def test_compiled_around_angles_stay_a_constant_table() -> None:
+    """Traced, their float64 powers and cosines would be computed for every element of every block."""
+    q, k = torch.randn(2, 1, 24, 2, 64)
+    weight = torch.ones(128)
+    seen: list[torch.fx.GraphModule] = []
+
+    def keep(module: torch.fx.GraphModule, _: list) -> Callable:
+        seen.append(module)
+        return module.forward
+
+    compiled = torch.compile(lambda q, k: qk_norm_rope3d(q, k, weight, weight, (2, 3, 4)), backend=keep, fullgraph=True)
+    expected = qk_norm_rope3d(q, k, weight, weight, (2, 3, 4))
+    assert all(map(torch.equal, compiled(q, k), expected))
+    called = {str(node.target) for node in seen[0].graph.nodes}
+    assert not any(name in target for target in called for name in ("pow", "cos", "sin", "outer"))

@@ -69,26 +69,29 @@ def load_vae(directory: Path, device: str, dtype: torch.dtype) -> VAE:
 
 
 class Model(nn.Module):
-    """DiT and text encoder as one; the DiT on whole windows runs compiled where that is asked for and works."""
+    """DiT and text encoder as one; the DiT's blocks run compiled on whole windows, where that is asked for and works."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__()
         self.dit = DiT(transformer_config(args))
         self.text = build_encoder(args.text_dim)
         init_weights(self.dit)
-        self.fast: Callable[..., Tensor] = self.velocity
+        self.compiled: list[Callable[..., Tensor]] | None = None
 
-    def compile_whole(self) -> None:
+    def compile_blocks(self) -> None:
+        """Compile one block for one shape; the others run the same code."""
         torch._dynamo.config.suppress_errors = True
-        self.fast = torch.compile(self.velocity, dynamic=False)
+        self.compiled = [torch.compile(block, dynamic=False) for block in self.dit.blocks]
 
-    def velocity(self, noised: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        return self.dit(noised, timestep, self.dit.encode_context(text))
+    def velocity(self, noised: Tensor, timestep: Tensor, text: Tensor, blocks: list | None) -> Tensor:
+        context = self.dit.encode_context(text)
+        x, e, e0, grid = self.dit.embed(noised, timestep)
+        return self.dit.head(self.dit.run_blocks(x, e0, context, grid, blocks=blocks), e, grid)
 
     def loss(self, example: Example, ids: Tensor, *, whole: bool) -> Tensor:
         """Mean squared error of the velocity over the frames that are learnt."""
         text = encode_text(self.text, ids)
-        predicted = (self.fast if whole else self.velocity)(example.noised, example.timestep, text)
+        predicted = self.velocity(example.noised, example.timestep, text, self.compiled if whole else None)
         error = (predicted.float() - example.velocity).square().mean((1, 3, 4), keepdim=True) * example.learnt
         return error.sum() / example.learnt.sum().clamp_min(1)
 
@@ -146,7 +149,7 @@ def train(args: argparse.Namespace) -> None:
     vae = load_vae(args.vae, args.device, dtype)
     batches = Batches(*encode_all(vae, args, generator), generator, args.batch)
     if args.compile:
-        model.compile_whole()
+        model.compile_blocks()
     log = Log(args.out / "train.jsonl", fresh=args.resume is None)
     clock = Clock(args.minutes, args.session_minutes, spent_s)
     loop(model, vae, master, batches, clock, log, args)
@@ -201,11 +204,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--frames", type=int, default=FRAMES)
     parser.add_argument("--height", type=int, default=HEIGHT)
     parser.add_argument("--width", type=int, default=WIDTH)
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=1.2e-2)
     parser.add_argument("--outer", default=OUTER)
     parser.add_argument(
-        "--adamw", type=float, default=0.5, help="AdamW's rate for tables and vectors, in units of --lr"
+        "--adamw", type=float, default=0.15, help="AdamW's rate for tables and vectors, in units of --lr"
     )
     parser.add_argument("--warm_up", type=int, default=200)
     parser.add_argument("--weight_decay", type=float, default=0.01)

@@ -54,14 +54,29 @@ def available(device_type: str, offered: tuple[str, ...] = ("cuda", "triton", "r
     return [name for name in _PRESENT.get(device_type, ["ref"]) if name in offered]
 
 
-def choose(op: str, backend: str | None, device_type: str, offered: tuple[str, ...] = ("cuda", "triton", "ref")) -> str:
-    """`backend`, or the preferred one where it is None. Raises ValueError for one that is not available."""
+def choose(
+    op: str,
+    backend: str | None,
+    device_type: str,
+    offered: tuple[str, ...] = ("cuda", "triton", "ref"),
+    *,
+    opt_in: bool = False,
+) -> str:
+    """`backend`, or where it is None the preferred one: "ref" if the kernels are `opt_in`.
+
+    Raises ValueError for one that is not available.
+    """
     names = available(device_type, offered)
     if backend is None:
-        return names[0]
+        return "ref" if opt_in else names[0]
     if backend not in names:
         raise ValueError(f"{op}: backend {backend!r} is not available for {device_type}, only {', '.join(names)}")
     return backend
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd follows an operation on these: kernels have no backward, "ref" has."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def current_stream(x: Tensor) -> int:

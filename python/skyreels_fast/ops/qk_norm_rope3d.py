@@ -28,7 +28,7 @@ def _axis_angles(length: int, start: int, pairs: int, theta: float, device: torc
 
 
 @lru_cache(maxsize=2)
-def _rope_table(
+def _cached_table(
     grid: Grid,
     token_range: tuple[int, int],
     frame_offset: int,
@@ -53,6 +53,12 @@ def _rope_table(
         angles = torch.cat((f[:, None].expand(-1, stop - start, -1), rows.expand(frames, -1, -1)), dim=-1)
         angles = angles.flatten(0, 1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+# A constant of whatever is compiled around it: traced, the float64 angles would be computed anew for every element.
+@torch.compiler.assume_constant_result
+def _rope_table(*key: object) -> tuple[Tensor, Tensor]:
+    return _cached_table(*key)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
