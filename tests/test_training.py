@@ -37,6 +37,7 @@ from training.prompts import (
     token_ids,
 )
 from training.text import encode_text, prompt_ids, unconditional_ids
+from training.whiten import Moments, rewrite
 
 
 @pytest.fixture
@@ -82,8 +83,8 @@ def test_tokenizer_loads_and_agrees_with_token_ids(tmp_path: Path) -> None:
 def test_shapes_have_their_areas_centres_and_extents() -> None:
     size = torch.full((4,), 40.0)
     covered = coverage(torch.arange(4), size, torch.full((4, 1, 2), 32.3), (64, 64))[:, 0]
-    star = 5 * (40 * 0.5 / math.sin(0.4 * math.pi)) ** 2 * 0.45 * math.sin(math.pi / 5)
-    areas = torch.tensor([math.pi * 20**2, (2 * 0.44 * 40) ** 2, math.sqrt(3) / 4 * 40**2, star])
+    star = 5 * (20 / math.sin(0.4 * math.pi)) ** 2 * 0.4 * math.sin(math.pi / 5)  # ten triangles round the centre
+    areas = torch.tensor([math.pi * 20**2, 40**2, math.sqrt(3) / 4 * 40**2, star])
     torch.testing.assert_close(covered.sum((1, 2)), areas, rtol=0.01, atol=0)
     for shape, image in enumerate(covered):
         columns = (image.amax(0) > 0.05).nonzero()
@@ -110,8 +111,8 @@ def test_videos_keep_their_direction_stay_inside_and_bounce(generator: torch.Gen
     assert ((scenes.speed[moving] >= 0.75) & (scenes.speed[moving] <= 2)).all()
     assert (steps[moving] * unit[moving][:, None]).sum(-1).amin(1).max() < 0  # every one has turned round
     _, covered = render(scenes, position[:, ::40])
-    border = torch.cat([covered[..., 0, :], covered[..., -1, :], covered[..., :, 0], covered[..., :, -1]], dim=-1)
-    assert border.max() <= 0.5 + 1e-4  # half a pixel of anti-aliasing
+    _, uncut = render(scenes, position[:, ::40] + 8, (HEIGHT + 16, WIDTH + 16))
+    assert (uncut.sum((3, 4)) / covered.sum((3, 4))).max() < 1.05  # the border cuts no more than soft edges
 
 
 def test_mid_clips_are_later_parts_of_videos(generator: torch.Generator) -> None:
@@ -219,6 +220,28 @@ def test_orthogonalise_evens_singular_values(generator: torch.Generator) -> None
         assert values.min() > 0.5 and values.max() < 1.3
 
 
+def test_whitening_changes_the_latents_and_not_the_video(generator: torch.Generator) -> None:
+    torch.manual_seed(0)
+    vae = train_vae.build(8).double()
+    with torch.no_grad():
+        vae.conv1.weight[:16] *= torch.logspace(-1, 1, 16)[:, None, None, None, None]
+        vae.conv1.bias[16:] -= 4
+    video = sample_batch(8, generator, frames=5, canvas=(32, 32))[0].double()
+    moments = Moments("cpu")
+    with torch.no_grad():
+        mean, log_variance = vae.encode_moments(video)
+        before = vae.decode_raw(mean)
+        moments.add(mean, log_variance)
+        matrix, centre = moments.whitening()
+        rewrite(vae, matrix, centre)
+        whitened, _ = vae.encode_moments(video)
+        assert rel_l2(vae.decode_raw(whitened), before) < 1e-6
+    rows = whitened.transpose(0, 1).flatten(1)
+    noise = matrix @ torch.diag(log_variance.exp().mean((0, 2, 3, 4))) @ matrix.T
+    torch.testing.assert_close(torch.cov(rows, correction=0) + noise, torch.eye(16).double(), atol=1e-6, rtol=0)
+    assert rows.mean(1).abs().max() < 1e-6
+
+
 def test_master_learns_swaps_and_resumes(tmp_path: Path, generator: torch.Generator) -> None:
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
@@ -230,7 +253,7 @@ def test_master_learns_swaps_and_resumes(tmp_path: Path, generator: torch.Genera
         loss.backward()
         losses.append(loss.item())
         master.step(2e-2, 1e-2)
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
     before = net[0].weight.clone()
     master.swap()
     assert not torch.equal(net[0].weight, before)
@@ -245,54 +268,27 @@ def test_master_learns_swaps_and_resumes(tmp_path: Path, generator: torch.Genera
         Master({"net": torch.nn.Linear(8, 4)}).load(tmp_path)
 
 
-VAE_ARGS = [
-    "--base_dim",
-    "8",
-    "--batch",
-    "1",
-    "--frames",
-    "5",
-    "--long_frames",
-    "5",
-    "--height",
-    "32",
-    "--width",
-    "32",
-    "--crop",
-    "16",
-    "--statistics",
-    "2",
-]
-DF_ARGS = [
-    "--dim",
-    "64",
-    "--layers",
-    "1",
-    "--clips",
-    "6",
-    "--encode_batch",
-    "2",
-    "--frames",
-    "9",
-    "--height",
-    "32",
-    "--width",
-    "32",
-    "--batch",
-    "2",
-    "--prompts",
-    "3",
-    "--inference_steps",
-    "2",
-    "--long_frames",
-    "13",
-    "--overlap",
-    "5",
-    "--guidance_scale",
-    "2",
-    "--log_every",
-    "1",
-]
+TOY = {"height": 32, "width": 32, "device": "cpu"}
+VAE_ARGS = {**TOY, "base_dim": 8, "batch": 1, "frames": 5, "long_frames": 5, "crop": 16, "statistics": 2}
+DF_ARGS = {
+    **TOY,
+    "dim": 64,
+    "layers": 1,
+    "clips": 6,
+    "encode_batch": 2,
+    "frames": 9,
+    "batch": 2,
+    "prompts": 3,
+    "inference_steps": 2,
+    "long_frames": 13,
+    "overlap": 5,
+    "guidance_scale": 2,
+    "log_every": 1,
+}
+
+
+def flags(**values: object) -> list[str]:
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
 
 
 @pytest.fixture(scope="module")
@@ -300,18 +296,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both stages run for two steps, stopped, resumed and packaged."""
     root = tmp_path_factory.mktemp("trained")
     vae, df = root / "vae", root / "df"
-    for steps, resume in ((2, []), (3, ["--resume", str(vae)])):
-        options = ["--out", str(vae), "--device", "cpu", "--steps", str(steps), *VAE_ARGS, *resume]
-        train_vae.train(train_vae.parse_args(options))
-    for steps, resume in ((2, []), (3, ["--resume", str(df), "--save_seconds", "0"])):
-        options = ["--vae", str(vae), "--out", str(df), "--device", "cpu", "--steps", str(steps), *DF_ARGS, *resume]
-        train_df.train(train_df.parse_args(options))
+    for more in ({"steps": 2}, {"steps": 3, "resume": vae}):
+        train_vae.train(train_vae.parse_args(flags(out=vae, **VAE_ARGS, **more)))
+    for more in ({"steps": 2}, {"steps": 3, "resume": df, "save_seconds": 0}):
+        train_df.train(train_df.parse_args(flags(vae=vae, out=df, **DF_ARGS, **more)))
     (root / "results").mkdir()
     shares = {"colour": {"all": 1.0, "heldout": 0.5, "asked": 0.95}}
     (root / "results" / "sync.json").write_text(json.dumps({"shares": shares}))
-    sizes = ["--height", "32", "--width", "32", "--frames", "9", "--inference_steps", "2"]
-    where = ["--vae", str(vae), "--df", str(df), "--out", str(root / "tiny"), "--results", str(root / "results")]
-    package.main([*where, *sizes])
+    sizes = {"height": 32, "width": 32, "frames": 9, "inference_steps": 2}
+    package.main(flags(vae=vae, df=df, out=root / "tiny", results=root / "results", **sizes))
     return root
 
 
@@ -326,7 +319,7 @@ def test_training_resumes_and_logs(trained: Path) -> None:
 
 
 def test_package_gives_back_the_trained_model(trained: Path, generator: torch.Generator) -> None:
-    args = train_df.parse_args(["--vae", "x", "--out", "y", *DF_ARGS])
+    args = train_df.parse_args(flags(vae="unused", out="unused", **DF_ARGS))
     model = train_df.Model(args)
     master = Master({"dit": model.dit, "text": model.text}, outer=args.outer)
     master.load(trained / "df")
@@ -345,7 +338,7 @@ def test_package_gives_back_the_trained_model(trained: Path, generator: torch.Ge
         expected = model.dit(latents, timestep, model.dit.encode_context(text))
         assert rel_l2(dit(latents, timestep, dit.encode_context(context[None])), expected) < 1e-5
     assert checkpoint.mode_hint() == "df"
-    assert checkpoint.vae_statistics()[0] != (0.0,) * 16
+    assert checkpoint.vae_statistics() == ((0.0,) * 16, (1.0,) * 16)
 
 
 def test_model_card_lists_what_was_held_out(trained: Path) -> None:
