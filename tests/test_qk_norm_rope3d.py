@@ -185,8 +185,11 @@ def test_compiled_around_angles_stay_a_constant_table() -> None:
         seen.append(module)
         return module.forward
 
-    compiled = torch.compile(lambda q, k: ops.qk_norm_rope3d(q, k, weight, weight, (2, 3, 4)), backend=keep, fullgraph=True)
-    expected = ops.qk_norm_rope3d(q, k, weight, weight, (2, 3, 4))
+    def rotate(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.qk_norm_rope3d(q, k, weight, weight, (2, 3, 4))
+
+    compiled = torch.compile(rotate, backend=keep, fullgraph=True)
+    expected = rotate(q, k)
     assert all(map(torch.equal, compiled(q, k), expected))
     called = {str(node.target) for node in seen[0].graph.nodes}
     assert not any(name in target for target in called for name in ("pow", "cos", "sin", "outer"))

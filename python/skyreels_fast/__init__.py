@@ -10,11 +10,12 @@ __all__ = ["Pipeline", "Plan", "Progress", "Request", "Result", "__version__", "
 
 if TYPE_CHECKING:
     from . import ops
-    from .pipeline import Pipeline, Progress, Result
+    from .pipeline import Pipeline, Result
     from .plan import Plan
     from .request import Request
+    from .stages import Progress
 
-_ROOMS = {"Pipeline": "pipeline", "Progress": "pipeline", "Result": "pipeline", "Plan": "plan", "Request": "request"}
+_ROOMS = {"Pipeline": "pipeline", "Progress": "stages", "Result": "pipeline", "Plan": "plan", "Request": "request"}
 
 
 def __getattr__(name: str) -> object:

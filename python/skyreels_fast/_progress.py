@@ -8,7 +8,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from .pipeline import Progress
+from .stages import Progress
 
 STAGES = {
     "text": "reading the prompt",

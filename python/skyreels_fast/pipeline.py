@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,22 +20,10 @@ from .request import Request, Settings, resolve
 from .sampling.denoise import denoise
 from .sampling.teacache import TeaCacheSettings
 from .sampling.windows import Window
+from .stages import Clock, Progress
 from .vae import VAE
 
 MODES = ("df", "t2v", "i2v")
-
-
-class Progress:
-    """What a run reports as it goes; override what you want to show."""
-
-    def stage(self, name: str) -> None:
-        """A stage begins: "text", "image", "load", "encode", "denoise" or "decode"."""
-
-    def window(self, index: int, count: int, calls: int) -> None:
-        """Window `index` of `count` begins to denoise; `step` will be called `calls` times."""
-
-    def step(self) -> None:
-        """One row of the schedule is done: every latent frame that it moves has moved."""
 
 
 @dataclass
@@ -131,7 +117,7 @@ class Pipeline:
     @torch.inference_mode()
     def _render(self, plan: Plan, result: Result, progress: Progress) -> Iterator[Tensor]:
         settings = plan.settings
-        clock = _Clock(self.device, result.timings, progress)
+        clock = Clock(self.device, result.timings, progress)
         with clock("text"):
             texts = self.conditions.texts(settings, plan.guided)
         with clock("image"):
@@ -248,31 +234,3 @@ def _skip(count: int, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         if count < chunk.shape[2]:
             yield chunk[:, :, count:]
         count = max(0, count - chunk.shape[2])
-
-
-class _Clock:
-    """Adds up the seconds of each stage, device work included, and tells `progress` when one begins."""
-
-    def __init__(self, device: torch.device, timings: dict[str, float], progress: Progress) -> None:
-        self._device, self._timings, self._progress = device, timings, progress
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        self._progress.stage(stage)
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
-            self._timings[stage] = self._timings.get(stage, 0.0) + time.perf_counter() - start
-
-    def each(self, stage: str, items: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Count the making of each item, not what is done with it."""
-        iterator, done = iter(items), object()
-        while True:
-            with self(stage):
-                item = next(iterator, done)
-            if item is done:
-                return
-            yield item
