@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_pipeline import fake, picture  # noqa: F401  (fixtures)
 from safetensors.torch import load_file
 
 import skyreels_fast as sf

@@ -1,0 +1,146 @@
+"""The commands: bad input is one line and exit code 2 before any model is opened."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+# A pipeline that renders grey frames of a tiny size, here or in a process of its own.
+from fake_pipeline import COMMANDS, CPU
+
+from skyreels_fast import cli
+
+NUMBER_FLAGS = {
+    "--num_frames": ("0", "-5", "abc", "9.5", "nan", "-inf"),
+    "--inference_steps": ("0", "-1", "1001", "x"),
+    "--guidance_scale": ("-1", "nan", "inf", "-inf", "high"),
+    "--shift": ("0", "-8", "nan", "inf"),
+    "--fps": ("0", "-24", "241", "nan"),
+    "--seed": ("-1", "9223372036854775808", "1.5", "x"),
+    "--height": ("0", "-16", "540", "x"),
+    "--width": ("0", "959"),
+    "--teacache_thresh": ("-0.1", "nan", "x"),
+}
+DF_NUMBER_FLAGS = {
+    "--ar_step": ("-1", "x"),
+    "--causal_block_size": ("0", "-2", "1.5"),
+    "--base_num_frames": ("0", "x"),
+    "--overlap_history": ("0", "-17"),
+    "--addnoise_condition": ("-1", "1000", "nan"),
+}
+BAD_FLAGS = [
+    *[(program, flag, bad) for program in COMMANDS for flag, values in NUMBER_FLAGS.items() for bad in values],
+    *[("generate_video_df.py", flag, bad) for flag, values in DF_NUMBER_FLAGS.items() for bad in values],
+    *[
+        (program, flag, bad)
+        for program in COMMANDS
+        for flag, bad in (
+            ("--resolution", "1080P"),
+            ("--resolution", ""),
+            ("--image", "missing.png"),
+            ("--image", "."),
+            ("--image", "fake.png"),
+            ("--device", "gpu"),
+            ("--device", "cuda:99"),
+            ("--dtype", "int8"),
+            ("--teacache_coefficients", "1,x"),
+            ("--teacache_coefficients", "1,nan"),
+            ("--teacache_coefficients", ""),
+            ("--output", "video.avi"),
+            ("--output", "."),
+            ("--output", "fake.png/video.mp4"),
+        )
+    ],
+    ("generate_video_df.py", "--end_image", "fake.png"),
+    ("generate_video_df.py", "--video_path", "fake.png"),
+]
+
+
+@pytest.mark.parametrize(("program", "flag", "bad"), BAD_FLAGS)
+def test_bad_values_are_refused(fake, capfd, program, flag, bad):
+    Path("fake.png").write_text("no picture\n")
+    # What the flag needs beside it must not be what is missing.
+    beside = {"--height": ["--width", "96"], "--width": ["--height", "64"], "--video_path": ["--overlap_history", "5"]}
+    assert COMMANDS[program]([flag, bad, *beside.get(flag, [])]) == 2
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(f"{program}: error: ")
+    assert flag in said.err or (flag == "--output" and bad in said.err)
+    assert len(said.err.splitlines()) == 1
+    assert fake.opened == []
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "message"),
+    [
+        ("generate_video.py", "--height 64", "--height 64: needs width as well"),
+        ("generate_video_df.py", "--end_image picture.png", "--end_image 'picture.png': needs image"),
+        ("generate_video_df.py", "--video_path picture.png", "--video_path 'picture.png': needs overlap_history"),
+        (
+            "generate_video_df.py",
+            "--video_path missing.mp4 --overlap_history 17",
+            "--video_path 'missing.mp4': no such",
+        ),
+        ("generate_video_df.py", "--video_path picture.png --overlap_history 17", "has 1 of the 17 frames"),
+        ("generate_video_df.py", "--image picture.png --end_image picture.png --causal_attention", "--end_image"),
+        ("generate_video_df.py", "--output picture.png", "--output 'picture.png': must end in .mp4"),
+        ("generate_video.py", "--numframes 17", "unknown argument --numframes; did you mean --num_frames?"),
+        ("generate_video.py", "--ar_step 5", "unknown argument --ar_step; generate_video_df.py has it"),
+        ("generate_video.py", "prompt", "unknown argument prompt; generate_video.py --help lists the flags"),
+        ("generate_video.py", "--seed", "argument --seed: expected one argument"),
+        ("generate_video.py", "--use_usp", "--use_usp needs --seed"),
+        ("generate_video.py", "--use_usp --seed 1 --prompt_enhancer", "--use_usp and --prompt_enhancer exclude"),
+        ("generate_video_df.py", "--use_usp --seed 1", "--use_usp needs several GPUs, which this version does not sup"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(fake, capfd, picture, program, words, message):
+    assert COMMANDS[program](words.split()) == 2
+    said = capfd.readouterr()
+    assert said.err.startswith(f"{program}: error: ")
+    assert message in said.err
+    assert len(said.err.splitlines()) == 1
+    assert fake.opened == []
+
+
+def test_a_video_is_not_written_over_its_source(fake, capfd):
+    assert cli.generate_video_df([*CPU, "--output", "clip.mp4"]) == 0
+    before = Path("clip.mp4").read_bytes()
+    assert (
+        cli.generate_video_df([*CPU, *shlex.split("--video_path clip.mp4 --overlap_history 5 --output ./clip.mp4")])
+        == 2
+    )
+    assert "--output './clip.mp4': is the input of --video_path" in capfd.readouterr().err
+    assert Path("clip.mp4").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("x/config.json is missing"),
+        FileNotFoundError(2, "No such file or directory", "x"),
+        OSError("cannot reach the hub\nafter many tries"),
+    ],
+)
+@pytest.mark.parametrize("where", ["error_at_open", "error_at_plan"])
+def test_a_model_that_cannot_be_used_is_one_line(fake, capfd, error, where):
+    setattr(fake, where, error)
+    assert cli.generate_video([*CPU]) == 2
+    said = capfd.readouterr()
+    assert len(said.err.splitlines()) == 1
+    assert str(error).split("\n")[0] in said.err
+    assert fake.loaded == []
+
+
+def test_errors_of_the_plan_name_the_flag(fake, capfd):
+    fake.error_at_plan = ValueError("num_frames=98 leaves a block unfinished")
+    assert cli.generate_video([*CPU]) == 2
+    assert "error: --num_frames 98 leaves a block unfinished" in capfd.readouterr().err
+
+
+def test_mode_errors_name_the_flag(fake, capfd, picture):
+    assert cli.generate_video([*CPU, "--image", picture]) == 2
+    said = capfd.readouterr().err
+    assert f"error: --image '{picture}': this model takes no image: use generate_video_df.py" in said
+    assert fake.loaded == []
