@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
+from itertools import product
 
 import imageio.v3 as iio
 import numpy as np
@@ -29,21 +30,31 @@ JUDGED = ("colour", "shape", "motion", "background")
 class Sampler:
     """Renders prompts in one batch, guided against the empty prompt, as the pipeline does one by one."""
 
-    def __init__(self, dit: DiT, text: UMT5EncoderModel, vae: VAE, args: argparse.Namespace, guidance_scale: float):
-        self.dit, self.text, self.vae, self.args, self.guidance_scale = dit, text, vae, args, guidance_scale
+    def __init__(
+        self,
+        dit: DiT,
+        text: UMT5EncoderModel,
+        vae: VAE,
+        args: argparse.Namespace,
+        guidance_scale: float | None = None,
+        shift: float | None = None,
+    ) -> None:
+        self.dit, self.text, self.vae, self.args = dit, text, vae, args
+        self.guidance_scale = args.guidance_scale[0] if guidance_scale is None else guidance_scale
+        self.shift = args.shift[0] if shift is None else shift
         self.latents = latent_frames(args.frames)
         self.size = (args.height // 8, args.width // 8)
 
     def window(self, prompts: list[str], given: Tensor | None, ar_step: int, generator: torch.Generator) -> Tensor:
         """Latents [n,16,F,h,w] of one window that starts with the latents `given` [n,16,p,h,w]."""
         args, n, prefix = self.args, len(prompts), 0 if given is None else given.shape[2]
-        levels = timestep_schedule(args.inference_steps, args.shift)
+        levels = timestep_schedule(args.inference_steps, self.shift)
         schedule = hold(timestep_matrix(self.latents, levels, ar_step=ar_step, ready=prefix), prefix, False)
         x = torch.randn(n, 16, self.latents, *self.size, generator=generator, device=generator.device)
         if given is not None:
             x[:, :, :prefix] = given
         rows = torch.tensor(schedule.timesteps, device=x.device)
-        solver = UniPC(schedule, sigma_schedule(args.inference_steps, args.shift), x.device)
+        solver = UniPC(schedule, sigma_schedule(args.inference_steps, self.shift), x.device)
         ids = prompt_ids(prompts + [""] * n).to(x.device)
         context = self.dit.encode_context(encode_text(self.text, ids))
         for row in range(len(rows)):
@@ -80,16 +91,17 @@ def evaluate(dit: DiT, text: UMT5EncoderModel, vae: VAE, log: Log, args: argpars
     """Print how many of the benchmark's prompts come out right; `full` for every way of sampling, with rows."""
     dit.eval()
     chosen = spread_prompts(args.prompts)
-    for name, rows, frames in _runs(Sampler(dit, text, vae, args, args.guidance_scale[0]), chosen, args, full):
+    for name, rows, frames in _runs(Sampler(dit, text, vae, args), chosen, args, full):
         if full:
             print(f"\n{name}\n{table(rows)}", flush=True)
         if name == "sync":
             _contact_sheet(frames, args)
         shares = {key: float(np.mean([row[key] for row in rows])) for key in rows[0] if isinstance(rows[0][key], bool)}
-        log(event=name, guidance_scale=args.guidance_scale[0], **{k: v for k, v in shares.items() if k != "heldout"})
-    for scale in args.guidance_scale[1:] if full else ():
-        rows, _ = _judged(Sampler(dit, text, vae, args, scale), chosen, "judge")
-        log(event="sync", guidance_scale=scale, **{key: float(np.mean([r[key] for r in rows])) for key in JUDGED})
+        log(event=name, **{k: v for k, v in shares.items() if k != "heldout"})
+    for scale, shift in product(args.guidance_scale, args.shift) if full else ():
+        rows, _ = _judged(Sampler(dit, text, vae, args, scale, shift), chosen, "judge")
+        shares = {key: float(np.mean([row[key] for row in rows])) for key in JUDGED}
+        log(event="settings", guidance_scale=scale, shift=shift, **shares)
     dit.train()
 
 

@@ -7,7 +7,6 @@ trains, and ends with a table of how well samples show what their prompts say.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -25,9 +24,13 @@ from training.latents import Clips, encode_clips
 from training.noising import Example, make_example
 from training.optim import Clock, Log, Master, parameters
 from training.text import TEXT_LEN, build_encoder, encode_text, prompt_ids, unconditional_ids
+from training.train_vae import load_vae
 
 UNCONDITIONAL = 0.1
-SHORTER = 0.3  # of the batches hold fewer latent frames than the longest
+SHORTER = 0.15  # of the batches hold fewer latent frames than the longest, and more examples
+SHORTER_FIRST = 0.7  # as much in the first FIRST of the time, when the model learns what single frames look like
+FIRST = 0.15
+MOST_TIMES = 6  # a short batch has at most so many times the examples
 WITH_END = 0.05  # of the batches have an end image
 OUTER = r"shared|relative_attention_bias"  # tables, whose rows learn one by one
 IMPLIED = ("patch_size", "window_size", "qk_norm", "cross_attn_norm")  # what a published config.json leaves out
@@ -60,16 +63,8 @@ def init_weights(dit: DiT) -> None:
     nn.init.zeros_(dit.head.head.weight)
 
 
-def load_vae(directory: Path, device: str, dtype: torch.dtype) -> VAE:
-    """The VAE that train_vae left in `directory`."""
-    weights = torch.load(directory / "Wan2.1_VAE.pth", weights_only=True)
-    vae = VAE(VAE.base_dim_of(weights), **json.loads((directory / "vae_config.json").read_text()))
-    vae.load_state_dict(weights)
-    return vae.to(device, dtype).eval().requires_grad_(False)
-
-
 class Model(nn.Module):
-    """DiT and text encoder as one; the DiT's blocks run compiled on whole windows, where that is asked for and works."""
+    """DiT and text encoder as one; on whole windows the blocks run compiled, where that is asked for and works."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__()
@@ -104,17 +99,18 @@ class Batches:
         self.longest = first.latents.shape[2]
         self.ids = prompt_ids().to(generator.device)
 
-    def shape(self, step: int) -> tuple[int, bool]:
+    def shape(self, step: int, progress: float) -> tuple[int, bool]:
         """(latent frames, end image) of batch `step`; drawn on the host, so that the device is not waited for."""
         chance, length = torch.rand(2, generator=torch.Generator().manual_seed(step)).tolist()
-        if chance < SHORTER:
-            return 1 + int(length * (self.longest - 1)), False
+        if chance < (SHORTER_FIRST if progress < FIRST else SHORTER):
+            return 1 + int(length**2 * (self.longest - 1)), False
         return self.longest, chance > 1 - WITH_END
 
     def draw(self, frames: int, end: bool) -> tuple[Example, Tensor]:
-        example = make_example(self.first, self.mid, self.batch, frames, end, self.generator)
-        dropped = torch.rand(self.batch, 1, generator=self.generator, device=self.ids.device) < UNCONDITIONAL
-        blank = unconditional_ids(self.batch, self.generator)
+        n = self.batch * min(MOST_TIMES, self.longest // frames)
+        example = make_example(self.first, self.mid, n, frames, end, self.generator)
+        dropped = torch.rand(n, 1, generator=self.generator, device=self.ids.device) < UNCONDITIONAL
+        blank = unconditional_ids(n, self.generator)
         return example, torch.where(dropped, blank, self.ids[example.prompt])
 
 
@@ -167,7 +163,7 @@ def loop(model: Model, vae: VAE, master: Master, batches: Batches, clock: Clock,
     saved, began, first_step = time.perf_counter(), time.perf_counter(), master.steps
     while not clock.over and master.steps < args.steps:
         step = master.steps
-        frames, end = batches.shape(step)
+        frames, end = batches.shape(step, clock.progress)
         example, ids = batches.draw(frames, end)
         loss = model.loss(example, ids, whole=frames == batches.longest and not end)
         loss.backward()
@@ -198,8 +194,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--text_dim", type=int, default=128)
-    parser.add_argument("--clips", type=int, default=24000, help="to encode at most, two thirds from frame 0")
-    parser.add_argument("--encode_minutes", type=float, default=2.0)
+    parser.add_argument("--clips", type=int, default=12000, help="to encode at most, two thirds from frame 0")
+    parser.add_argument("--encode_minutes", type=float, default=1.5)
     parser.add_argument("--encode_batch", type=int, default=32)
     parser.add_argument("--frames", type=int, default=FRAMES)
     parser.add_argument("--height", type=int, default=HEIGHT)
@@ -216,8 +212,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="compile the DiT for whole windows")
     parser.add_argument("--prompts", type=int, default=40, help="of the evaluation")
     parser.add_argument("--inference_steps", type=int, default=30)
-    parser.add_argument("--guidance_scale", type=float, nargs="+", default=[3.0, 5.0])
-    parser.add_argument("--shift", type=float, default=5.0)
+    parser.add_argument("--guidance_scale", type=float, nargs="+", default=[3.0, 5.0], help="first: in all tables")
+    parser.add_argument("--shift", type=float, nargs="+", default=[5.0, 8.0], help="likewise")
     parser.add_argument("--long_frames", type=int, default=145)
     parser.add_argument("--overlap", type=int, default=17, help="pixel frames between the windows of long videos")
     parser.add_argument("--log_every", type=int, default=50)

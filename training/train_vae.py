@@ -20,6 +20,7 @@ from skyreels_fast.vae import VAE
 from training.data import FRAMES, HEIGHT, MAX_START, WIDTH, attribute_table, draw_scenes, render, trajectory
 from training.optim import Clock, Log, Master, parameters
 from training.prompts import ALL_SCENES, HELDOUT_SCENES
+from training.whiten import Moments, rewrite
 
 LOG_VARIANCE = (-12.0, 8.0)
 
@@ -105,17 +106,18 @@ def pick_layout(vae: VAE, generator: torch.Generator, args: argparse.Namespace) 
         seconds = {layout: _step_seconds(vae, layout, generator, args) for layout in ("contiguous", "channels_last")}
         args.layout = min(seconds, key=seconds.get)
         print("seconds a step:", seconds, flush=True)
-    _lay_out(vae, args.layout)
+    lay_out(vae, args.layout)
 
 
-def _lay_out(vae: VAE, layout: str) -> None:
+def lay_out(vae: VAE, layout: str) -> None:
+    """Put the weights in a memory layout, "contiguous" or "channels_last", which the convolutions then follow."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d} if layout == "channels_last" else {}
     for param in vae.parameters():
         param.data = param.data.contiguous(memory_format=formats.get(param.ndim, torch.contiguous_format))
 
 
 def _step_seconds(vae: VAE, layout: str, generator: torch.Generator, args: argparse.Namespace) -> float:
-    _lay_out(vae, layout)
+    lay_out(vae, layout)
     times = []
     for _ in range(3):
         began = time.perf_counter()
@@ -126,6 +128,17 @@ def _step_seconds(vae: VAE, layout: str, generator: torch.Generator, args: argpa
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
     return times[-1]
+
+
+def load_vae(directory: Path, device: str, dtype: torch.dtype) -> VAE:
+    """The VAE that train_vae left in `directory`."""
+    weights = torch.load(directory / "Wan2.1_VAE.pth", weights_only=True)
+    vae = VAE(VAE.base_dim_of(weights), **json.loads((directory / "vae_config.json").read_text()))
+    vae.load_state_dict(weights)
+    vae.to(device, dtype).eval().requires_grad_(False)
+    if device.startswith("cuda"):
+        lay_out(vae, "channels_last")
+    return vae
 
 
 @torch.no_grad()
@@ -141,36 +154,25 @@ def psnr_db(vae: VAE, args: argparse.Namespace, trips: int = 1, n: int = 16) -> 
 
 
 @torch.no_grad()
-def latent_statistics(vae: VAE, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Mean and standard deviation of each latent channel over `args.statistics` clips.
-
-    The deviation is that of posterior samples, not of their means: a channel that carries nothing keeps a scale of 1.
-    """
+def whiten(vae: VAE, args: argparse.Namespace) -> None:
+    """Rewrite the latents as uncorrelated channels of unit variance, measured on `args.statistics` clips."""
     generator = torch.Generator(args.device).manual_seed(2)
-    sums, count = torch.zeros(2, LATENT_CHANNELS, device=args.device, dtype=torch.float64), 0
-    n = min(16, args.statistics)
+    moments, n = Moments(args.device), min(16, args.statistics)
     for _ in range(args.statistics // n):
-        video, _ = clips(n, args.long_frames, generator, (args.height, args.width))
-        mean, log_variance = (part.double() for part in vae.encode_moments(video.to(vae.conv2.weight.dtype)))
-        sums[0] += mean.sum((0, 2, 3, 4))
-        sums[1] += (mean.square() + log_variance.clamp(*LOG_VARIANCE).exp()).sum((0, 2, 3, 4))
-        count += mean[:, 0].numel()
-    mean, square = sums / count
-    std = (square - mean.square()).sqrt()
-    return {"latents_mean": _rounded(mean), "latents_std": _rounded(std)}
-
-
-def _rounded(values: Tensor) -> list[float]:
-    return [round(value, 4) for value in values.tolist()]
+        video, _ = clips(n, args.frames, generator, (args.height, args.width))
+        mean, log_variance = vae.encode_moments(video.to(vae.conv2.weight.dtype))
+        moments.add(mean, log_variance.clamp(*LOG_VARIANCE))
+    rewrite(vae, *moments.whitening())
 
 
 def finish(vae: VAE, args: argparse.Namespace, log: Log) -> None:
-    """Write the averaged weights and their statistics as the pipeline loads them, and measure them."""
-    statistics = latent_statistics(vae, args)
+    """Write the averaged weights (float32 in `vae`) as the pipeline loads them, and measure them."""
+    whiten(vae, args)
     weights = {name: value.to("cpu", torch.bfloat16).contiguous() for name, value in vae.state_dict().items()}
     torch.save(weights, args.out / "Wan2.1_VAE.pth")
+    statistics = {"latents_mean": vae.latents_mean, "latents_std": vae.latents_std}
     (args.out / "vae_config.json").write_text(json.dumps(statistics) + "\n")
-    print(json.dumps(statistics), flush=True)
+    vae.to(getattr(torch, args.dtype))
     log(event="final", psnr_db=psnr_db(vae, args), psnr_5_trips_db=psnr_db(vae, args, trips=5))
 
 
@@ -178,6 +180,9 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.whiten:
+        finish(load_vae(args.whiten, args.device, torch.float32), args, Log(args.out / "train.jsonl"))
+        return
     clock = Clock(args.minutes, args.session_minutes)
     vae = build(args.base_dim).to(args.device, getattr(torch, args.dtype))
     generator = torch.Generator(args.device).manual_seed(args.seed)
@@ -198,8 +203,9 @@ def train(args: argparse.Namespace) -> None:
             master.save(args.out, {"elapsed_s": clock.elapsed_s})
             saved = time.perf_counter()
     master.save(args.out, {"elapsed_s": clock.elapsed_s})
+    vae.eval().float()
     master.swap()
-    finish(vae.eval(), args, log)
+    finish(vae, args, log)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -208,6 +214,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=6.0, help="of the whole run, sessions together")
     parser.add_argument("--session_minutes", type=float, default=None, help="stop earlier, to be resumed")
     parser.add_argument("--steps", type=int, default=10**9, help="stop after so many steps at the latest")
+    parser.add_argument("--whiten", type=Path, default=None, help="no training: whiten the VAE in this directory")
     parser.add_argument("--resume", type=Path, default=None, help="directory of an earlier session's checkpoint")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=None, help="default: bfloat16 on a GPU")
@@ -227,7 +234,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--noise", type=float, default=0.04, help="largest input noise")
     parser.add_argument("--foreground", type=float, default=4.0, help="weight of pixels on and around the shape")
     parser.add_argument("--layout", choices=("auto", "contiguous", "channels_last"), default="auto")
-    parser.add_argument("--statistics", type=int, default=256, help="clips to take the latents' statistics from")
+    parser.add_argument("--statistics", type=int, default=256, help="clips to whiten the latents by")
     parser.add_argument("--log_every", type=int, default=20)
     parser.add_argument("--save_seconds", type=float, default=120.0)
     parser.add_argument("--seed", type=int, default=0)

@@ -51,6 +51,7 @@ class Moments:
 def rewrite(vae: VAE, matrix: Tensor, mean: Tensor) -> None:
     """Change `vae` in place so that its latents are matrix @ (z - mean) where they were z; its videos stay the same.
 
+    What was normalised outside is now inside: the latents' statistics become 0 and 1.
     The rows of `conv1` that give the log-variance, which nothing but training reads, are left as they are.
     """
     weight = vae.conv1.weight[FIRST_MEAN].flatten(1).double()
@@ -60,3 +61,4 @@ def rewrite(vae: VAE, matrix: Tensor, mean: Tensor) -> None:
     weight = vae.conv2.weight.flatten(1).double()
     vae.conv2.bias += (weight @ mean).to(vae.conv2.bias.dtype)
     vae.conv2.weight.copy_((weight @ torch.linalg.inv(matrix)).view_as(vae.conv2.weight))
+    vae.latents_mean, vae.latents_std = (0.0,) * LATENT_CHANNELS, (1.0,) * LATENT_CHANNELS

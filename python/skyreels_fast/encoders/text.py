@@ -18,11 +18,13 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-MAX_TOKENS = 512
+from ..config import TransformerConfig
 
 
 class Checkpoint(Protocol):
     """What `TextEncoder.load` needs of a checkpoint."""
+
+    config: TransformerConfig
 
     def text_weights(self) -> tuple[dict[str, Tensor], dict]: ...
 
@@ -61,26 +63,33 @@ class TextEncoder(nn.Module):
             only their shapes are looked at.
         settings: values of a transformers config.json that shapes do not tell.
         tokenizer: directory that holds tokenizer.json; None where only `encode_ids` is used.
+        max_tokens: where a prompt is cut: the DiT's text_len.
 
     Raises:
         ValueError: the weights are not a UMT5 encoder's, or the tokenizer cannot be read.
     """
 
     def __init__(
-        self, weights: Mapping[str, Tensor], settings: Mapping | None = None, *, tokenizer: str | Path | None = None
+        self,
+        weights: Mapping[str, Tensor],
+        settings: Mapping | None = None,
+        *,
+        tokenizer: str | Path | None = None,
+        max_tokens: int = 512,
     ) -> None:
         super().__init__()
         config = _config(self.renamed(weights), settings or {})
         with torch.device("meta"):
             # The stack alone: UMT5EncoderModel holds the embedding under two names.
             self.model = UMT5EncoderModel(config).encoder.eval()
-        self.tokenizer = None if tokenizer is None else _tokenizer(Path(tokenizer))
+        self.tokenizer = None if tokenizer is None else _tokenizer(Path(tokenizer), max_tokens)
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu") -> TextEncoder:
         """The text encoder of a checkpoint, filled; on the CPU with the checkpoint's own dtype it stays mapped."""
         weights, settings = checkpoint.text_weights()
-        encoder = cls(weights, settings, tokenizer=checkpoint.tokenizer_path())
+        max_tokens = checkpoint.config.text_len
+        encoder = cls(weights, settings, tokenizer=checkpoint.tokenizer_path(), max_tokens=max_tokens)
         checkpoint.load_text_encoder(encoder, device, dtype)
         return encoder
 
@@ -98,9 +107,9 @@ class TextEncoder(nn.Module):
 
     @torch.inference_mode()
     def encode(self, prompts: list[str]) -> list[Tensor]:
-        """Contexts [n, dim] of the prompts, n ≤ 512 their tokens, in the weights' dtype on the weights' device.
+        """Contexts [n, dim] of the prompts, n ≤ max_tokens their tokens, in the weights' dtype on the weights' device.
 
-        Each prompt runs by itself and unpadded: the same numbers as padded to 512 tokens and masked, for less work,
+        Each prompt runs by itself and unpadded: the same numbers as padded and masked, for less work,
         whatever the other prompts are.
         """
         if self.tokenizer is None:
@@ -148,7 +157,7 @@ def _config(weights: Mapping[str, Tensor], settings: Mapping) -> UMT5Config:
     )
 
 
-def _tokenizer(directory: Path) -> Tokenizer:
+def _tokenizer(directory: Path, max_tokens: int) -> Tokenizer:
     """The tokenizer exactly as its file says: transformers 5 rebuilds T5's by rules of its own."""
     file = directory / "tokenizer.json"
     try:
@@ -156,5 +165,5 @@ def _tokenizer(directory: Path) -> Tokenizer:
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ValueError(f"{file} cannot be read ({error})") from error
     tokenizer.no_padding()
-    tokenizer.enable_truncation(MAX_TOKENS)
+    tokenizer.enable_truncation(max_tokens)
     return tokenizer

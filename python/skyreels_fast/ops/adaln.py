@@ -5,8 +5,10 @@
     residual'   = residual + gate * x
 
 x, residual: [B, L, D]; scale, shift, gate: [B, F, D], one row a latent frame: token l takes row l // (L // F), so the
-modulation is never as long as the tokens. weight, bias: [D]. Any float dtypes; the math and every sum is float32
-(float64 where an input is). The last dimension of every tensor should be contiguous; other strides are free.
+modulation is never as long as the tokens. weight, bias: [D]. Any float dtypes, each tensor its own; the math and every
+sum is float32 (float64 where an input is), rounded once. Strides are free; a tensor whose last dimension is not
+contiguous is copied. Kernels take float32, float16 and bfloat16 and D up to 8192, and give the same bits each time.
+Not differentiable, except on the backend "ref".
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-BACKENDS = ("ref",)
+from skyreels_fast.ops import _adaln_kernels as kernels
+from skyreels_fast.ops._dispatch import choose, needs_grad
 
 
 def _modulate(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
@@ -125,9 +128,24 @@ def _math_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def _check_backend(name: str, backend: str | None) -> None:
-    if backend not in (None, *BACKENDS):
-        raise ValueError(f"{name}: backend {backend!r} is not available here, only {', '.join(BACKENDS)}")
+def _choose(name: str, backend: str | None, x: Tensor, *others: Tensor | None, dtypes: tuple[torch.dtype, ...]) -> str:
+    """`choose`, and where nothing was asked for "ref" for what kernels cannot do: gradients, other dtypes, a larger D.
+
+    dtypes: those of the results.
+    """
+    tensors = [x, *(other for other in others if other is not None)]
+    devices = {str(tensor.device): None for tensor in tensors}
+    if len(devices) > 1:
+        raise ValueError(f"{name}: tensors must be on one device, not on {' and '.join(devices)}")
+    chosen = choose(name, backend, x.device.type, opt_in=True)
+    wrong = [dtype for dtype in (*(tensor.dtype for tensor in tensors), *dtypes) if dtype not in kernels.DTYPES]
+    if backend is None:
+        return "ref" if wrong or x.shape[-1] > kernels.MAX_DIM or needs_grad(*tensors) else chosen
+    if chosen != "ref" and wrong:
+        raise ValueError(f"{name}: backend {backend!r} takes float32, float16 and bfloat16, not {wrong[0]}; use 'ref'")
+    if chosen != "ref" and x.shape[-1] > kernels.MAX_DIM:
+        raise ValueError(f"{name}: backend {backend!r} takes D up to {kernels.MAX_DIM}, not {x.shape[-1]}; use 'ref'")
+    return chosen
 
 
 def _check_tokens(name: str, x: Tensor, residual: Tensor | None = None) -> None:
@@ -180,10 +198,13 @@ def norm_scale_shift(
     (default: x's). Raises ValueError for shapes that do not fit, or a backend that is not there.
     """
     name = "norm_scale_shift"
-    _check_backend(name, backend)
     _check_tokens(name, x)
     _check_norm(name, x, scale, shift, weight, bias)
-    return norm_scale_shift_ref(x, scale, shift, weight, bias, eps=eps, out_dtype=out_dtype, math_dtype=_math_dtype(x))
+    dtype = out_dtype or x.dtype
+    backend = _choose(name, backend, x, scale, shift, weight, bias, dtypes=(dtype,))
+    if backend != "ref":
+        return kernels.norm_scale_shift(x, scale, shift, weight, bias, eps, dtype, backend)
+    return norm_scale_shift_ref(x, scale, shift, weight, bias, eps=eps, out_dtype=dtype, math_dtype=_math_dtype(x))
 
 
 def scale_residual(
@@ -199,10 +220,13 @@ def scale_residual(
     Returns [B, L, D] in `out_dtype` (default: residual's). Raises ValueError as `norm_scale_shift` does.
     """
     name = "scale_residual"
-    _check_backend(name, backend)
     _check_tokens(name, x, residual)
     _check_rows(name, x, gate=gate)
-    return scale_residual_ref(residual, x, gate, out_dtype=out_dtype, math_dtype=_math_dtype(residual, x))
+    dtype = out_dtype or residual.dtype
+    backend = _choose(name, backend, x, residual, gate, dtypes=(dtype,))
+    if backend != "ref":
+        return kernels.scale_residual(residual, x, gate, dtype, backend)
+    return scale_residual_ref(residual, x, gate, out_dtype=dtype, math_dtype=_math_dtype(residual, x))
 
 
 def scale_residual_norm_scale_shift(
@@ -224,9 +248,13 @@ def scale_residual_norm_scale_shift(
     residual' has `residual_dtype` (default: residual's), y `out_dtype` (default: x's). Arguments and errors as there.
     """
     name = "scale_residual_norm_scale_shift"
-    _check_backend(name, backend)
     _check_tokens(name, x, residual)
     _check_rows(name, x, gate=gate)
     _check_norm(name, x, scale, shift, weight, bias)
-    dtypes = {"residual_dtype": residual_dtype, "out_dtype": out_dtype, "math_dtype": _math_dtype(residual, x)}
-    return scale_residual_norm_scale_shift_ref(residual, x, gate, scale, shift, weight, bias, eps=eps, **dtypes)
+    results = (residual_dtype or residual.dtype, out_dtype or x.dtype)
+    tensors = (residual, x, gate, scale, shift, weight, bias)
+    backend = _choose(name, backend, *tensors, dtypes=results)
+    if backend != "ref":
+        return kernels.scale_residual_norm_scale_shift(*tensors, eps, *results, backend)
+    dtypes = {"residual_dtype": results[0], "out_dtype": results[1], "math_dtype": _math_dtype(residual, x)}
+    return scale_residual_norm_scale_shift_ref(*tensors, eps=eps, **dtypes)

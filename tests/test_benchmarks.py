@@ -1,0 +1,169 @@
+"""The benchmarks' harness, and ops on toy sizes: statistics, rows, what is refused."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import rel_l2
+
+from benchmarks import cases, harness, ops
+from benchmarks.correctness import RedError, require_within_twice
+from benchmarks.harness import Timing
+from skyreels_fast.ops import residual_reuse
+from skyreels_fast.ops.attention import attention
+
+CPU = torch.device("cpu")
+COMMON = {"run_id", "time", "gpu", "versions", "commit", "dirty"}
+
+
+def test_timing_is_median_and_percentiles():
+    assert Timing.of([5, 1, 4, 2, 3, 6]) == Timing(median=3.5, p20=2.0, p80=5.0, repeats=6)
+    with pytest.raises(ValueError, match="no repeat"):
+        Timing.of([])
+
+
+def test_measure_warms_up_and_keeps_within_its_budget():
+    calls = []
+
+    def work():
+        calls.append(1)
+        time.sleep(0.002)
+
+    timing = harness.measure(work, CPU, budget_s=0.03, repeats=(3, 50), warm_up=2)
+    assert 3 <= timing.repeats <= 15
+    assert len(calls) == timing.repeats + 2
+    assert 0.002 <= timing.p20 <= timing.median <= timing.p80
+    assert harness.measure(lambda: None, CPU, repeats=(3, 7)).repeats == 7
+
+
+def test_rows_are_json_lines(tmp_path: Path):
+    file = tmp_path / "results" / "x.jsonl"
+    harness.append(file, {"bench": "ops", "us": 1 / 3, "pair": (1.0, None)})
+    harness.append(file, {"bench": "ops", "us": 2})
+    assert harness.read(file) == [{"bench": "ops", "us": 0.333333, "pair": [1.0, None]}, {"bench": "ops", "us": 2}]
+    with pytest.raises(ValueError, match="JSON"):
+        harness.append(file, {"bench": "ops", "us": float("nan")})
+    assert len(harness.read(file)) == 2
+    for bad in ("{", "3", '{"impl": "x"}'):
+        file.write_text('{"bench": "ops"}\n' + bad + "\n")
+        with pytest.raises(ValueError, match=r"x\.jsonl:2"):
+            harness.read(file)
+
+
+def test_rows_say_where_they_come_from(monkeypatch: pytest.MonkeyPatch):
+    harness.commit.cache_clear()
+    monkeypatch.setenv(harness.COMMIT_VARIABLE, "0123abc-dirty")
+    row = harness.common(CPU)
+    harness.commit.cache_clear()
+    assert set(row) == COMMON
+    assert (row["commit"], row["dirty"], row["gpu"]) == ("0123abc", True, "cpu")
+    assert row["run_id"] == harness.common(CPU)["run_id"]
+    assert {"python", "torch", "cuda", "driver", "triton", "extension"} <= set(row["versions"])
+    json.dumps(row)
+
+
+def test_a_cpu_writes_only_where_it_is_told_to(tmp_path: Path):
+    assert harness.output_file(None, "ops", CPU) is None
+    assert harness.output_file(tmp_path, "ops", CPU) == tmp_path
+    assert harness.output_file(None, "ops", torch.device("cuda")) == harness.RESULTS / "ops.jsonl"
+    assert harness.peaks_gib(CPU) == (None, None)
+
+
+def test_the_rule_is_by_token_too():
+    exact = torch.randn(1, 6, 64, dtype=torch.float64)
+    exact[:, 0] *= 100  # its error is allowed to be as large; that of the others is not
+    low = exact.bfloat16()
+    require_within_twice("op", low, low, exact)
+    wrong = low.clone()
+    wrong[0, 3, 5] += 0.2
+    assert (wrong.double() - exact).abs().amax() < (low.double() - exact).abs().amax() * 2
+    with pytest.raises(RedError, match="1 of 6 tokens"):
+        require_within_twice("op", wrong, low, exact)
+    with pytest.raises(RedError):
+        require_within_twice("op", low * torch.nan, low, exact)
+
+
+def toy_cases(family: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, cases.Case]:
+    made = cases.CASES[family]((5, 2, 3), 128, 64, dtype, CPU)
+    return {" ".join(filter(None, (case.op, case.variant))): case for case in made}
+
+
+@pytest.mark.parametrize("family", cases.CASES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_every_case_runs_and_its_reference_passes(family: str, dtype: torch.dtype):
+    for case in toy_cases(family, dtype).values():
+        outputs = case.function(**case.args, backend="ref")
+        case.check("ref", outputs)
+        first, eager = (value[0] if isinstance(value, tuple) else value for value in (outputs, case.eager[1]()))
+        if case.op == "attention":
+            eager = eager.transpose(1, 2)
+        assert rel_l2(eager, first) < 1e-2
+        assert case.dtype == str(dtype).removeprefix("torch.")
+        assert min(case.cost) > 0
+        tensors = [value for value in case.args.values() if isinstance(value, torch.Tensor)]
+        assert all(tensor.count_nonzero() > 0.99 * tensor.numel() for tensor in tensors)
+
+
+def test_a_wrong_frame_is_red():
+    case = toy_cases("adaln")["scale_residual_norm_scale_shift modulated"]
+    total, y = case.function(**case.args)
+    y[:, -1] += 0.5
+    with pytest.raises(RedError, match="modulated 1x30x128 triton"):
+        case.check("triton", (total, y))
+
+
+def test_attention_that_sees_too_much_is_red():
+    case = toy_cases("attention")["attention block-causal"]
+    dense = attention(*(case.args[name] for name in "qkv"))
+    with pytest.raises(RedError):
+        case.check("fa", dense)
+
+
+def test_rope_at_the_wrong_frame_is_red():
+    case = toy_cases("qk_norm_rope3d")["qk_norm_rope3d"]
+    with pytest.raises(RedError):
+        case.check("triton", case.function(**case.args, frame_offset=1))
+
+
+def test_ops_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture):
+    file = tmp_path / "ops.jsonl"
+    options = ["--grid", "5x2x3", "--dim", "64", "--head_dim", "32", "--no_compile", "--out", str(file)]
+    assert ops.main([*options, "--device", "cpu"]) == 0
+    rows = harness.read(file)
+    assert {row["op"] for row in rows} >= {"norm_scale_shift", "qk_norm", "qk_norm_rope3d", "attention", "relative_l1"}
+    assert len({row["run_id"] for row in rows}) == 1
+    for row in rows:
+        assert set(row) >= COMMON | {"bench", "impl", "op", "shape", "dtype", "us_median", "us_p20", "us_p80"}
+        assert row["us_p20"] <= row["us_median"] <= row["us_p80"]
+        assert row["gbps"] == pytest.approx(row["bytes"] / row["us_median"] / 1e3, rel=1e-4)
+        assert row["tflops"] == pytest.approx(row["flops"] / row["us_median"] / 1e6, rel=1e-4)
+        assert row["share_of_copy"] == pytest.approx(row["gbps"] / row["copy_gbps"], rel=1e-4)
+        assert row["x_compiled"] is None
+    assert len(capsys.readouterr().out.splitlines()) == len(rows) + 2
+
+
+def test_no_time_is_taken_of_a_red_op(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setattr(cases, "_backends", lambda *_: ["ref", "cuda"])
+    monkeypatch.setattr(residual_reuse, "residual_add", lambda x, residual, backend: x + 1.1 * residual)
+    monkeypatch.setattr(residual_reuse, "residual_save", lambda after, before, backend: after - before)
+    file = tmp_path / "ops.jsonl"
+    options = ["--op", "residual_reuse", "--grid", "2x2x2", "--dim", "128", "--no_compile", "--out", str(file)]
+    assert ops.main([*options, "--device", "cpu"]) == 1
+    timed = {(row["op"], row["impl"]) for row in harness.read(file)}
+    assert ("residual_add", "cuda") not in timed and ("residual_add", "ref") in timed
+    assert ("residual_save", "cuda") in timed
+    said = capsys.readouterr().out
+    assert "REFUSED  residual_add 1x8x128 cuda: largest error" in said
+    # The third op's kernel is asked for and not there, which is nobody's fault.
+    assert "relative_l1" in said and "FAILED" not in said
+
+
+@pytest.mark.parametrize("options", [["--grid", "5x2"], ["--grid", "5x0x1"], ["--dim", "100"]])
+def test_ops_says_what_is_wrong(options: list[str], capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit, match="2"):
+        ops.main(options)
+    assert options[1].split("x")[0] in capsys.readouterr().err

@@ -1,0 +1,167 @@
+"""What is made of benchmark rows: the README's tables and plots, and the comparison of two files."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from benchmarks import compare, harness, plots, report, video
+
+COMMON = ("run_id", "time", "gpu", "versions", "commit", "dirty")
+
+
+def video_row(impl: str = "skyreels_fast", **values) -> dict:
+    row = dict.fromkeys(video.KEYS) | {
+        "bench": "video", "impl": impl, "model": "14B", "resolution": "540P", "frames": 97, "mode": "sync", "gpus": 1,
+        "offload": False, "precision": "bf16", "attention": "fa3", "ms_per_forward": 4700.0, "s_per_step": 9.4,
+        "ms_per_forward_p20": 4690.0, "ms_per_forward_p80": 4710.0, "vae_decode_s": 1.3, "vae_encode_s": 0.8,
+        "peak_allocated_gib": 32.5, "peak_reserved_gib": 33.0, "run_id": "a", "gpu": "NVIDIA H200", "commit": "c" * 40,
+        "versions": {"torch": "2.11.0"}, "time": "2026-11-22T10:00:00+00:00", "dirty": False, "ar_step": 0,
+        "causal_block_size": None, "teacache": None, "steps": 3, "uniform": True, "weights": "random",
+    }  # fmt: skip
+    return row | values
+
+
+def op_row(impl: str = "cuda", us: float = 100.0, **values) -> dict:
+    row = {
+        "bench": "ops", "impl": impl, "op": "norm_scale_shift", "variant": "", "shape": [1, 51000, 1536], "frames": 25,
+        "dtype": "bfloat16", "us_median": us, "us_p20": us - 1, "us_p80": us + 1, "gbps": 3900.0, "tflops": 7.0,
+        "share_of_copy": 0.92, "bytes": 3e8, "flops": 7e8, "x_eager": 5.1, "x_compiled": 1.25, "block_tokens": None,
+    }  # fmt: skip
+    return row | {key: video_row()[key] for key in COMMON} | values
+
+
+README = """# Title
+<!-- benchmarks:forward -->
+<!-- /benchmarks:forward -->
+between
+<!-- benchmarks:ops -->
+old
+<!-- /benchmarks:ops -->
+<!-- benchmarks:plots -->
+<!-- /benchmarks:plots -->
+"""
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """A repository with committed results, and one file that is not committed."""
+    directory = tmp_path / "benchmarks" / "results"
+    rows = [
+        video_row(),
+        video_row("diffusers-compiled", ms_per_forward=5875.0, attention="cudnn", peak_allocated_gib=35.6),
+        video_row(ms_per_forward=4600.0, run_id="b", time="2026-11-23T10:00:00+00:00"),
+        video_row(gpu="cpu", ms_per_forward=1.0, time="2026-11-24T10:00:00+00:00"),
+    ]
+    for row in rows:
+        harness.append(directory / "video.jsonl", row)
+    for row in (op_row(), op_row("ref", 510.0), op_row("triton", 104.0)):
+        harness.append(directory / "ops.jsonl", row)
+    harness.append(directory / "draft.jsonl", video_row(model="1.3B"))
+    for command in (["init", "-q"], ["add", str(directory / "ops.jsonl"), str(directory / "video.jsonl")]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    (tmp_path / "README.md").write_text(README)
+    return directory
+
+
+def test_tables_are_made_from_committed_rows(results: Path, capsys: pytest.CaptureFixture):
+    rows = report.committed_rows(results)
+    assert "draft.jsonl" in capsys.readouterr().err
+    assert report.forward_table(rows).splitlines() == [
+        "| model | video | mode | GPUs | by | attention | ms a forward | times ours | s a step | peak GiB |",
+        "| --- | --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: |",
+        "| 14B | 540P, 97 frames | sync | 1 | skyreels_fast | fa3 | 4,600 | 1.00 | 9.40 | 32.5 |",
+        "| 14B | 540P, 97 frames | sync | 1 | diffusers-compiled | cudnn | 5,875 | 1.25 | 9.40 | 35.6 |",
+        "",
+        "NVIDIA H200, torch 2.11.0, 2026-11-23, commit cccccccccc; NVIDIA H200, torch 2.11.0, 2026-11-22, "
+        "commit cccccccccc.",
+    ]
+    table = report.ops_table(rows)
+    assert "| norm_scale_shift | 1×51000×1536 | bfloat16 | cuda | 100 | 3,900 GB/s | 92% | 5.10 | 1.25 |" in table
+    assert "| triton | 104 |" in table and "| ref |" not in table
+    assert "| 14B | 540P, 97 frames | sync | 1 |  | 9.40 | 1.30 | 0.80 | 32.5 | 33.0 |" in report.stages_table(rows)
+    assert report.ops_table([]) == report.EMPTY
+
+
+def test_readme_is_written_and_checked(results: Path):
+    pytest.importorskip("matplotlib")
+    readme = results.parents[1] / "README.md"
+    options = ["--results", str(results), "--readme", str(readme)]
+    assert report.main([*options, "--check"]) == 1
+    assert report.main([*options, "--write"]) == 0
+    assert report.main([*options, "--check"]) == 0
+    text = readme.read_text()
+    assert text.startswith("# Title\n") and "\nbetween\n" in text and "\nold\n" not in text
+    for name in ("latency", "memory"):
+        assert f"(benchmarks/results/{name}.png)" in text
+        assert (results / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    readme.write_text(text.replace("4,600", "4,500"))
+    assert report.main([*options, "--check"]) == 1
+
+
+@pytest.mark.parametrize("text", ["no markers", "<!-- benchmarks:unheard -->\n<!-- /benchmarks:unheard -->"])
+def test_a_readme_without_markers_is_an_error(results: Path, text: str, capsys: pytest.CaptureFixture):
+    readme = results.parents[1] / "README.md"
+    readme.write_text(text)
+    assert report.main(["--results", str(results), "--readme", str(readme), "--check"]) == 2
+    assert "README.md: " in capsys.readouterr().err
+
+
+def test_bars_stand_beside_each_other():
+    rows = [
+        video_row(),
+        video_row("diffusers", ms_per_forward=7000.0),
+        video_row(model="1.3B", ms_per_forward=930.0),
+        video_row(model="1.3B", ms_per_forward=900.0, time="2026-11-23T10:00:00+00:00"),
+        video_row(offload=True, ms_per_forward=1.0),
+        video_row(mode="async", ms_per_forward=1.0),
+    ]
+    groups, heights = plots.bars(rows, "ms_per_forward")
+    assert groups == ["1.3B 540P\n97 frames", "14B 540P\n97 frames"]
+    assert heights == {"skyreels_fast": [900.0, 4700.0], "diffusers": [None, 7000.0]}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        (op_row(us=100), op_row(us=110), "worse"),
+        (op_row(us=110), op_row(us=100), "better"),
+        (op_row(us=100), op_row(us=102.9), "same"),  # within 3 %
+        (op_row(us=100, us_p80=115), op_row(us=110), "same"),  # within the spread
+        (op_row(us=100), op_row(us=110, us_p20=95), "same"),
+        (video_row(), video_row(ms_per_forward=4900.0, ms_per_forward_p20=4890.0), "worse"),
+        (video_row(), video_row(peak_allocated_gib=34.0), "worse"),
+        (video_row(), video_row(peak_allocated_gib=31.0), "better"),
+        (video_row(uniform=False), video_row(uniform=False, ms_per_forward=4900.0), "worse"),
+    ],
+)
+def test_noise_is_no_change(before: dict, after: dict, expected: str):
+    verdicts = {change.verdict for change in compare.changes([before], [after])}
+    assert verdicts <= {"same", expected} and (expected in verdicts)
+    assert compare.report([before], [after])[1] == (expected == "worse")
+
+
+def test_two_files_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture):
+    base, new = tmp_path / "base.jsonl", tmp_path / "new.jsonl"
+    for row in (op_row(us=100), op_row("ref", 500), video_row(), video_row(mode="async")):
+        harness.append(base, row)
+    # An earlier row of the same thing does not count, and a slower yardstick is no regression of ours.
+    for row in (op_row(us=150), op_row(us=100), op_row("ref", 600), video_row()):
+        harness.append(new, row)
+    assert report.main(["--base", str(base), str(new)]) == 0
+    said = capsys.readouterr().out
+    assert "worse" in said and "(a yardstick)" in said and "0 worse beyond noise" in said
+    assert "absent" in said and "async" in said
+    harness.append(new, op_row(us=120))
+    assert report.main(["--base", str(base), str(new)]) == 1
+    assert "us_median 100 -> 120 (+20.0 %)" in capsys.readouterr().out
+    assert report.main(["--base", str(new), str(base)]) == 0
+    assert "better" in capsys.readouterr().out
+    assert report.main(["--base", str(base), str(tmp_path / "none.jsonl")]) == 2
+
+
+def test_nothing_in_common_is_an_error():
+    with pytest.raises(ValueError, match="same GPU"):
+        compare.changes([op_row()], [op_row(gpu="NVIDIA A100")])

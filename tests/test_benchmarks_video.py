@@ -1,0 +1,142 @@
+"""The video benchmark on toy sizes: its rows, its random models, the peers beside it, the floor under it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import floor, harness, models, peers, video
+
+CPU = torch.device("cpu")
+COMMON = {"run_id", "time", "gpu", "versions", "commit", "dirty"}
+TOY = ["--model", "tiny", "--resolution", "32x48", "--frames", "9", "--steps", "2", "--device", "cpu"]
+
+
+def test_published_sizes():
+    def count(shapes: dict[str, tuple[int, ...]]) -> float:
+        return sum(torch.Size(shape).numel() for shape in shapes.values()) / 1e9
+
+    def dit(model: str, mode: str) -> float:
+        made = models.RandomCheckpoint.of(model, mode, CPU, torch.bfloat16, text=False)
+        return count(made.transformer_weights().shapes)
+
+    assert dit("14B", "sync") == pytest.approx(14.29, abs=0.01)
+    assert dit("14B", "i2v") == pytest.approx(16.40, abs=0.01)
+    assert dit("1.3B", "t2v") == pytest.approx(1.42, abs=0.01)
+    assert models.config("1.3B", "sync").inject_sample_info and not models.config("14B", "sync").inject_sample_info
+    vae = models.RandomCheckpoint.of("14B", "sync", CPU, torch.bfloat16, text=False).vae_weights()
+    assert count(vae.shapes) == pytest.approx(0.127, abs=0.001)
+    assert count(models._text_shapes(models._TEXT)) == pytest.approx(5.68, abs=0.01)
+
+
+def test_random_weights_repeat_and_are_of_the_size_of_trained_ones():
+    weights = models.RandomCheckpoint.of("tiny", "sync", CPU, torch.bfloat16, text=False).transformer_weights()
+    name = "blocks.0.self_attn.q.weight"
+    assert torch.equal(weights[name], weights[name]) and weights[name].dtype == torch.bfloat16
+    assert not torch.equal(weights[name], weights[name.replace(".q.", ".k.")])
+    assert weights[name].float().std() == pytest.approx(128**-0.5, rel=0.05)
+    assert weights["blocks.0.norm3.weight"].float().mean() == pytest.approx(1, abs=0.02)
+    assert all(weights[name].count_nonzero() > 0 for name in weights)
+
+
+def test_floor_counts_products_and_attention():
+    config = models.config("14B", "sync")
+    tokens, dim, ffn = 51_000, 5120, 13824
+    products, attended = floor.block_flops(config, (25, 34, 60))
+    assert products == 2 * tokens * (3 + 1 + 2) * dim * dim + 2 * 2 * tokens * dim * ffn
+    assert attended == 4 * dim * tokens * (tokens + 512)
+    dense = 4 * dim * tokens * tokens
+    assert floor.block_flops(config, (25, 34, 60), 5)[1] - 4 * dim * tokens * 512 == 0.6 * dense
+    seconds = 2 * tokens * dim * (3 * dim / 723 + 3 * dim / 822 + ffn / 718 + ffn / 722) / 1e12 + attended / 684e12
+    assert floor.forward_ms(config, (25, 34, 60), gpu="NVIDIA H200") == pytest.approx(40e3 * seconds)
+    assert floor.forward_ms(config, (25, 34, 60), gpu="NVIDIA A100") is None
+    assert floor.forward_ms(models.config("tiny", "sync"), (2, 2, 2), gpu="NVIDIA H200") is None
+
+
+def test_video_end_to_end_beside_a_peer(tmp_path: Path, capsys: pytest.CaptureFixture):
+    pytest.importorskip("diffusers")
+    file = tmp_path / "video.jsonl"
+    assert video.main([*TOY, "--peer", "diffusers", "--with_text", "--out", str(file)]) == 0
+    ours, theirs = harness.read(file)
+    for row in (ours, theirs):
+        assert tuple(row)[: len(video.KEYS)] == video.KEYS
+        assert set(row) >= COMMON
+        assert (row["bench"], row["model"], row["resolution"], row["frames"]) == ("video", "tiny", "32x48", 9)
+        assert row["s_per_step"] == pytest.approx(2 * row["ms_per_forward"] / 1e3, rel=1e-4)
+    assert ours["run_id"] == theirs["run_id"]
+    assert (ours["impl"], theirs["impl"]) == ("skyreels_fast", "diffusers")
+    for key in ("text_s", "vae_encode_s", "vae_decode_s", "load_s", "total_s", "ms_per_forward"):
+        assert ours[key] > 0
+    assert ours["total_s"] > ours["vae_decode_s"]
+    assert len(ours["step_ms"]) == 1  # two steps, the first left out
+    assert theirs["total_s"] is None
+    said = capsys.readouterr().out
+    assert "plan: DF 48x32" in said and "times ours" in said and str(file) in said
+
+
+@pytest.mark.parametrize(
+    ("mode", "rows"),
+    [
+        (["async", "--causal_block_size=1"], 4),
+        (["causal", "--causal_block_size=3"], 2),
+        (["t2v"], 2),
+        (["i2v"], 2),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_video_modes(mode: list[str], rows: int, tmp_path: Path):
+    file = tmp_path / "video.jsonl"
+    assert video.main([*TOY, "--no_warm_up", "--mode", *mode, "--out", str(file)]) == 0
+    (row,) = harness.read(file)
+    assert len(row["step_ms"]) == rows - 1
+    assert row["mode"] == mode[0]
+    assert (row["causal_block_size"], row["ar_step"]) == {
+        "async": (1, 1), "causal": (3, 0), "t2v": (None, 0), "i2v": (None, 0)
+    }[mode[0]]  # fmt: skip
+    assert (row["stages_s"]["encode"] > 0.01) == (mode[0] == "i2v")
+
+
+def test_few_steps_keep_all_blocks_under_way():
+    """The row in the middle of an asynchronous run holds five different timesteps, as with 50 steps, 5 rows apart."""
+    args = video.parser().parse_args(["--model", "1.3B", "--mode", "async", "--steps", "5"])
+    work = video.work_of(args, CPU)
+    schedule = peers.timestep_matrix(25, range(999, 0, -200), ar_step=work.ar_step, block=work.block)
+    assert len(set(schedule.timesteps[len(schedule.timesteps) // 2])) == 5
+    args.steps = 50
+    assert video.work_of(args, CPU).ar_step == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--resolution", "100x100"], "multiples of 16"),
+        (["--resolution", "540"], "HEIGHTxWIDTH"),
+        (["--mode", "async", "--frames", "25"], "causal_block_size=5; nearest"),
+        (["--mode", "t2v", "--ar_step", "1"], "not for --mode t2v"),
+        (["--gpus", "2"], "torchrun --nproc_per_node=2"),
+        (["--teacache"], "no coefficients"),
+    ],
+)
+def test_video_errors_are_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture):
+    assert video.main([*TOY, *options]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and message in lines[0]
+
+
+def test_a_missing_peer_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    work = video.work_of(video.parser().parse_args(["--model", "tiny"]), CPU)
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    assert "diffusers is not installed" in peers.missing("diffusers", work)
+
+
+@pytest.mark.parametrize("mode", ["sync", "i2v"])
+def test_the_peer_is_of_our_size(mode: str):
+    pytest.importorskip("diffusers")
+    work = video.work_of(video.parser().parse_args([*TOY, "--mode", mode, "--precision", "bf16"]), CPU)
+    theirs = dict(peers.transformer(work, CPU).named_parameters())
+    ours = models.RandomCheckpoint.of("tiny", mode, CPU, torch.bfloat16, text=False).transformer_weights()
+    assert sum(parameter.numel() for parameter in theirs.values()) == sum(ours[name].numel() for name in ours)
+    assert theirs["blocks.0.attn1.to_q.weight"].dtype == torch.bfloat16
+    assert theirs["blocks.0.scale_shift_table"].dtype == torch.float32
