@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import floor, harness, models, peers, video
+from benchmarks import floor, harness, models, ours, peers, video
 
 CPU = torch.device("cpu")
 COMMON = {"run_id", "time", "gpu", "versions", "commit", "dirty"}
@@ -59,18 +59,18 @@ def test_video_end_to_end_beside_a_peer(tmp_path: Path, capsys: pytest.CaptureFi
     pytest.importorskip("diffusers")
     file = tmp_path / "video.jsonl"
     assert video.main([*TOY, "--peer", "diffusers", "--with_text", "--out", str(file)]) == 0
-    ours, theirs = harness.read(file)
-    for row in (ours, theirs):
+    mine, theirs = harness.read(file)
+    for row in (mine, theirs):
         assert tuple(row)[: len(video.KEYS)] == video.KEYS
         assert set(row) >= COMMON
         assert (row["bench"], row["model"], row["resolution"], row["frames"]) == ("video", "tiny", "32x48", 9)
         assert row["s_per_step"] == pytest.approx(2 * row["ms_per_forward"] / 1e3, rel=1e-4)
-    assert ours["run_id"] == theirs["run_id"]
-    assert (ours["impl"], theirs["impl"]) == ("skyreels_fast", "diffusers")
+    assert mine["run_id"] == theirs["run_id"]
+    assert (mine["impl"], theirs["impl"]) == ("skyreels_fast", "diffusers")
     for key in ("text_s", "vae_encode_s", "vae_decode_s", "load_s", "total_s", "ms_per_forward"):
-        assert ours[key] > 0
-    assert ours["total_s"] > ours["vae_decode_s"]
-    assert len(ours["step_ms"]) == 1  # two steps, the first left out
+        assert mine[key] > 0
+    assert mine["total_s"] > mine["vae_decode_s"]
+    assert len(mine["step_ms"]) == 1  # two steps, the first left out
     assert theirs["total_s"] is None
     said = capsys.readouterr().out
     assert "plan: DF 48x32" in said and "times ours" in said and str(file) in said
@@ -108,6 +108,24 @@ def test_few_steps_keep_all_blocks_under_way():
     assert video.work_of(args, CPU).ar_step == 5
 
 
+@pytest.mark.parametrize("mode", models.MODES)
+def test_published_sizes_are_planned_without_a_weight(mode: str):
+    frames = "121" if mode in ("sync", "t2v", "i2v") else "97"
+    args = video.parser().parse_args(["--model", "14B", "--resolution", "720P", "--frames", frames, "--mode", mode])
+    work = video.work_of(args, CPU)
+    described = ours.prepare(work, args, CPU).describe()
+    assert "1280x720: 1 window of " in described and f"{frames} frames out" in described
+    assert work.tokens == (31 if frames == "121" else 25) * 45 * 80
+
+
+def test_long_videos_are_planned_in_windows():
+    options = ["--model", "1.3B", "--frames", "257", "--base_frames", "97", "--overlap", "17"]
+    args = video.parser().parse_args(options)
+    work = video.work_of(args, CPU)
+    assert "3 windows of 25" in ours.prepare(work, args, CPU).describe()
+    assert work.tokens == 51_000 and not work.uniform
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -136,7 +154,7 @@ def test_the_peer_is_of_our_size(mode: str):
     pytest.importorskip("diffusers")
     work = video.work_of(video.parser().parse_args([*TOY, "--mode", mode, "--precision", "bf16"]), CPU)
     theirs = dict(peers.transformer(work, CPU).named_parameters())
-    ours = models.RandomCheckpoint.of("tiny", mode, CPU, torch.bfloat16, text=False).transformer_weights()
-    assert sum(parameter.numel() for parameter in theirs.values()) == sum(ours[name].numel() for name in ours)
+    mine = models.RandomCheckpoint.of("tiny", mode, CPU, torch.bfloat16, text=False).transformer_weights()
+    assert sum(parameter.numel() for parameter in theirs.values()) == sum(mine[name].numel() for name in mine)
     assert theirs["blocks.0.attn1.to_q.weight"].dtype == torch.bfloat16
     assert theirs["blocks.0.scale_shift_table"].dtype == torch.float32
