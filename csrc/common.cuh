@@ -23,24 +23,33 @@ constexpr int kPackBytes = 16;
 // Loads a thread issues from each input before it uses the first: enough to cover the latency of device memory.
 constexpr int kInFlight = 4;
 
-// Neighbouring elements that one load or store moves: kPackBytes of them, or one.
+// Neighbouring elements that a thread loads or stores together, in words of kPackBytes at most; a pack of one is just
+// aligned to its element.
 template <typename T, int kWidth>
-struct alignas(sizeof(T) * kWidth) Pack {
-  static_assert(kWidth == 1 || sizeof(T) * kWidth == kPackBytes);
-  using Word = std::conditional_t<kWidth == 1, T, uint4>;
-  T lane[kWidth];
+struct Pack {
+  static constexpr int kBytes = static_cast<int>(sizeof(T)) * kWidth;
+  static constexpr int kWordBytes = kBytes < kPackBytes ? kBytes : kPackBytes;
+  static constexpr int kWords = kBytes / kWordBytes;
+  static_assert(kWidth == 1 || kWordBytes == 16 || kWordBytes == 8);
+  using Word = std::conditional_t<kWidth == 1, T, std::conditional_t<kWordBytes == 16, uint4, uint2>>;
+  alignas(Word) T lane[kWidth];
 
   __device__ static Pack load(const T* from) {
-    const Word word = *reinterpret_cast<const Word*>(from);
+    Word words[kWords];
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const Word*>(from)[i];
     Pack pack;
-    memcpy(&pack, &word, sizeof(pack));
+    memcpy(&pack, words, sizeof(pack));
     return pack;
   }
 
   __device__ void store(T* to) const {
-    Word word;
-    memcpy(&word, this, sizeof(word));
-    __stcs(reinterpret_cast<Word*>(to), word);  // evict first: what these kernels write outgrows the caches
+    Word words[kWords];
+    memcpy(words, this, sizeof(words));
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      __stcs(reinterpret_cast<Word*>(to) + i, words[i]);  // evict first: what these kernels write outgrows the caches
+    }
   }
 };
 
@@ -70,16 +79,22 @@ void check_address(Address address, const char* name, const char* where) {
   require(address % alignof(T) == 0, std::string(where) + ": " + name + " is not aligned to its element");
 }
 
-// As many blocks as the device runs at once, fewer when `packs` do not fill them.
+// As many blocks of `threads` as the device runs at once.
 template <typename Kernel>
-int persistent_grid(Kernel kernel, std::int64_t packs, const char* where) {
+std::int64_t resident_blocks(Kernel kernel, int threads, const char* where) {
   int device = 0, processors = 0, blocks_each = 0;
   check_cuda(cudaGetDevice(&device), where);
   check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), where);
-  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_each, kernel, kThreads, 0), where);
+  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_each, kernel, threads, 0), where);
+  return std::int64_t{processors} * blocks_each;
+}
+
+// The resident blocks of kThreads, fewer when `packs` do not fill them.
+template <typename Kernel>
+int persistent_grid(Kernel kernel, std::int64_t packs, const char* where) {
   constexpr std::int64_t per_block = std::int64_t{kThreads} * kInFlight;
   const std::int64_t needed = (packs + per_block - 1) / per_block;
-  return static_cast<int>(std::clamp<std::int64_t>(needed, 1, std::int64_t{processors} * blocks_each));
+  return static_cast<int>(std::clamp<std::int64_t>(needed, 1, resident_blocks(kernel, kThreads, where)));
 }
 
 }  // namespace skyreels_fast

@@ -2,11 +2,14 @@
 // Device pointers and streams are integers (torch: tensor.data_ptr(), stream.cuda_stream).
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <sstream>
 #include <string>
 
+#include "adaln.h"
 #include "dtype.h"
+#include "qk_norm_rope3d.h"
 #include "residual_reuse.h"
 
 namespace py = pybind11;
@@ -31,6 +34,23 @@ PYBIND11_MODULE(_C, module) {
   module.attr("FLOAT32") = static_cast<int>(sf::DType::kFloat32);
   module.attr("FLOAT16") = static_cast<int>(sf::DType::kFloat16);
   module.attr("BFLOAT16") = static_cast<int>(sf::DType::kBFloat16);
+
+  py::class_<sf::Rows>(module, "Rows", "A matrix on the device; its rows are contiguous and `stride` elements apart.")
+      .def(py::init<sf::Address, int, std::int64_t, std::int64_t>(), "data"_a, "dtype"_a, "rows"_a, "stride"_a);
+  module.def("norm_scale_shift", &sf::norm_scale_shift, "out = norm(x) * (1 + scale) + shift", "out"_a, "x"_a,
+             "scale"_a, "shift"_a, "weight"_a, "bias"_a, "dim"_a, "eps"_a, "stream"_a);
+  module.def("scale_residual", &sf::scale_residual, "residual_out = residual + gate * x", "residual_out"_a,
+             "residual"_a, "x"_a, "gate"_a, "dim"_a, "stream"_a);
+  module.def("scale_residual_norm_scale_shift", &sf::scale_residual_norm_scale_shift,
+             "residual_out = residual + gate * x; out = norm(residual_out) * (1 + scale) + shift", "residual_out"_a,
+             "out"_a, "residual"_a, "x"_a, "gate"_a, "scale"_a, "shift"_a, "weight"_a, "bias"_a, "dim"_a, "eps"_a,
+             "stream"_a);
+
+  module.def("qk_norm", &sf::qk_norm, "out = x / sqrt(mean(x^2) + eps) * weight", "out"_a, "x"_a, "weight"_a, "shape"_a,
+             "strides"_a, "eps"_a, "dtype"_a, "weight_dtype"_a, "stream"_a);
+  module.def("qk_norm_rope3d", &sf::qk_norm_rope3d, "qk_norm of q and k, then rotary positions", "q_out"_a, "k_out"_a,
+             "q"_a, "k"_a, "q_weight"_a, "k_weight"_a, "table"_a, "shape"_a, "q_strides"_a, "k_strides"_a, "grid"_a,
+             "token_range"_a, "eps"_a, "dtype"_a, "weight_dtype"_a, "stream"_a);
 
   module.def("residual_add", &sf::residual_add, "out = x + residual", "out"_a, "x"_a, "residual"_a, "count"_a,
              "dtype"_a, "stream"_a);

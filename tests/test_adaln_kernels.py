@@ -12,7 +12,7 @@ from skyreels_fast.ops import _dispatch, adaln
 
 on_each_kernel = pytest.mark.parametrize(("device", "backend"), machine_kernels())
 
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # batch, frames, tokens a frame, dim; dtypes of x, the residual, and gate, scale, shift
 CASES = [
     ((1, 1, 3, 64), (BF16, FP32, FP32)),  # one frame
@@ -97,25 +97,23 @@ def test_twice_rule(size, dtypes, given, device, backend, poisoned_memory):
 
 
 @on_each_kernel
-@pytest.mark.parametrize("out_dtype", [FP32, FP16, BF16], ids=str)
-@pytest.mark.parametrize("residual_dtype", [FP32, FP16, BF16], ids=str)
-def test_results_are_rounded_to_any_dtype(residual_dtype, out_dtype, device, backend):
-    t = inputs((1, 2, 2, 64), (BF16, FP32, FP32), device)
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("residual_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("x_dtype", DTYPES, ids=str)
+def test_results_are_rounded_to_any_dtype(x_dtype, residual_dtype, out_dtype, device, backend):
+    t = inputs((1, 1, 1, 64), (x_dtype, residual_dtype, FP32), device)
     args = [t[name] for name in ORDER]
-    dtypes = {"residual_dtype": residual_dtype, "out_dtype": out_dtype}
-    exact = adaln.scale_residual_norm_scale_shift_ref(
-        *args, residual_dtype=torch.float64, out_dtype=torch.float64, math_dtype=torch.float64
-    )
+    exact = {"out_dtype": torch.float64, "math_dtype": torch.float64}
+    dtypes = {"residual_dtype": out_dtype, "out_dtype": x_dtype}
     residual, y = ops.scale_residual_norm_scale_shift(*args, **dtypes, backend=backend)
-    assert (residual.dtype, y.dtype) == (residual_dtype, out_dtype)
-    assert_rounded_once(residual, exact[0])
-    assert_rounded_once(y, exact[1])
-    assert torch.equal(ops.scale_residual(*args[:3], out_dtype=residual_dtype, backend=backend), residual)
-    rows = [t[name] for name in ("scale", "shift", "weight", "bias")]
-    y = ops.norm_scale_shift(t["residual"], *rows, out_dtype=out_dtype, backend=backend)
-    exact = adaln.norm_scale_shift_ref(t["residual"], *rows, out_dtype=torch.float64, math_dtype=torch.float64)
+    assert (residual.dtype, y.dtype) == (out_dtype, x_dtype)
+    total, normal = adaln.scale_residual_norm_scale_shift_ref(*args, residual_dtype=torch.float64, **exact)
+    assert_rounded_once(residual, total)
+    assert_rounded_once(y, normal)
+    assert_rounded_once(ops.scale_residual(*args[:3], out_dtype=out_dtype, backend=backend), total)
+    y = ops.norm_scale_shift(*args[1:2], *args[3:], out_dtype=out_dtype, backend=backend)
     assert y.dtype == out_dtype
-    assert_rounded_once(y, exact)
+    assert_rounded_once(y, adaln.norm_scale_shift_ref(*args[1:2], *args[3:], **exact))
 
 
 @on_each_kernel
@@ -235,6 +233,34 @@ def test_what_kernels_do_not_take_is_named(device, backend):
         ops.scale_residual(x, x, None, out_dtype=torch.float64, backend=backend)
     with pytest.raises(ValueError, match="D up to 8192, not 8193"):
         ops.norm_scale_shift(torch.zeros(1, 1, 8193, device=device), None, None, backend=backend)
+
+
+@pytest.mark.skipif(_dispatch.extension is None, reason="the CUDA kernels are not built")
+def test_entries_check_their_arguments():
+    """None of these reaches a GPU."""
+    cuda = _dispatch.extension
+
+    def rows(count: int, data: int = 16, dtype: int = cuda.FLOAT32) -> object:
+        return cuda.Rows(data=data, dtype=dtype, rows=count, stride=8)
+
+    def norm(x: object, scale: object = None, shift: object = None, weight: object = None, dim: int = 8) -> None:
+        cuda.norm_scale_shift(rows(6), x, scale, shift, weight, None, dim, 1e-6, 0)
+
+    for call, message in (
+        (lambda: norm(rows(6), dim=8193), "norm_scale_shift: dim 8193 is not in 1 to 8192"),
+        (lambda: norm(rows(0)), "0 tokens are too many or none"),
+        (lambda: norm(rows(5)), "out has 6 rows, not 5"),
+        (lambda: norm(rows(6, data=18)), "x is not aligned"),
+        (lambda: norm(rows(6, data=0)), "x is null"),
+        (lambda: norm(rows(6, dtype=7)), "dtype code 7"),
+        (lambda: norm(rows(6), rows(4), rows(4)), "6 tokens do not split into the rows of scale"),
+        (lambda: norm(rows(6), rows(3), rows(2)), "shift has 2 rows, not 3"),
+        (lambda: norm(rows(6), rows(3)), "scale and shift come together"),
+        (lambda: norm(rows(6), weight=rows(1)), "weight and bias come together"),
+        (lambda: cuda.scale_residual(rows(6), rows(6), rows(6), rows(4), 8, 0), "scale_residual: .* rows of gate"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_one_device():

@@ -122,7 +122,7 @@ def _launch_triton(
 
 
 def _warps(dim: int) -> int:
-    """Warps a Triton program: about twenty elements a thread, enough to have in flight, few enough for registers."""
+    """Warps of a Triton program: few, so that a thread has many loads in flight, without running out of registers."""
     return max(1, min(triton.next_power_of_2(dim) // 1024, 8))
 
 

@@ -8,6 +8,11 @@ Of a head's d / 2 pairs the first d/2 - 2 (d/6) turn with the frame, then d/6 wi
 division): a_j = position * theta^(-i / n) for pair i of the n in its part. Positions count from 0; frames from
 `frame_offset`. q, k: [B, L, N, Dh], L = f * h * w tokens in (f, h, w) order; views of a fused QKV output are fine.
 Angles are float64, norm and rotation float32 (float64 for float64 input); the result has the input's dtype.
+
+Kernels take q and k in one launch, in float32, float16 and bfloat16, weights of any dtype, an even Dh up to 512, N * Dh
+up to 8192: each element is read once, where it lies, and written once. They look up (cos, sin) in a table with a row
+for each frame, row and column, made once for a grid. Not differentiable, except on the backend "ref", which is chosen
+where a gradient is asked for and for what kernels do not take.
 """
 
 from __future__ import annotations
@@ -17,14 +22,24 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-BACKENDS = ("ref",)
+from skyreels_fast.ops import _qk_norm_rope3d_kernels as triton_kernels
+from skyreels_fast.ops._dispatch import choose, current_stream, extension, needs_grad
+
 Grid = tuple[int, int, int]
+
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MAX_CHANNELS, _MAX_HEAD_CHANNELS = 8192, 512
 
 
 def _axis_angles(length: int, start: int, pairs: int, theta: float, device: torch.device) -> Tensor:
     positions = torch.arange(start, start + length, dtype=torch.float64, device=device)
     exponents = torch.arange(pairs, dtype=torch.float64, device=device) / max(pairs, 1)
     return torch.outer(positions, theta**-exponents)
+
+
+def _pairs_by_axis(head_dim: int) -> tuple[int, int, int]:
+    across = head_dim // 6
+    return head_dim // 2 - 2 * across, across, across
 
 
 @lru_cache(maxsize=2)
@@ -38,8 +53,7 @@ def _cached_table(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """cos and sin [L, Dh / 2] of every token's angles."""
-    spatial = head_dim // 6
-    parts = (head_dim // 2 - 2 * spatial, spatial, spatial)
+    parts = _pairs_by_axis(head_dim)
     frames, height, width = grid
     start, stop = token_range
     # Kept across calls, so it must not be an inference tensor: autograd could not save it later.
@@ -53,6 +67,16 @@ def _cached_table(
         angles = torch.cat((f[:, None].expand(-1, stop - start, -1), rows.expand(frames, -1, -1)), dim=-1)
         angles = angles.flatten(0, 1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+@lru_cache(maxsize=8)
+def _axis_table(grid: Grid, frame_offset: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """(cos, sin) of each frame's pairs, then each row's, then each column's: float32 [..., 2], for the kernels."""
+    axes = zip(grid, (frame_offset, 0, 0), _pairs_by_axis(head_dim), strict=True)
+    # Made on the CPU: the copy is complete when it returns, so that any stream may read the table.
+    cpu = torch.device("cpu")
+    angles = torch.cat([_axis_angles(length, first, n, theta, cpu).flatten() for length, first, n in axes])
+    return torch.stack((angles.cos(), angles.sin()), dim=-1).float().to(device)
 
 
 # A constant of whatever is compiled around it: traced, the float64 angles would be computed anew for every element.
@@ -107,11 +131,6 @@ def qk_norm_rope3d_cost(shape: tuple[int, int, int, int], *, itemsize: int = 2) 
     return 4 * elements * itemsize, 14 * elements
 
 
-def _check_backend(name: str, backend: str | None) -> None:
-    if backend not in (None, *BACKENDS):
-        raise ValueError(f"{name}: backend {backend!r} is not available here, only {', '.join(BACKENDS)}")
-
-
 def _check_norm(name: str, label: str, x: Tensor, weight: Tensor) -> None:
     if x.dim() != 4:
         raise ValueError(f"{name}: {label} must be [B, L, N, Dh], not {list(x.shape)}")
@@ -119,6 +138,8 @@ def _check_norm(name: str, label: str, x: Tensor, weight: Tensor) -> None:
         raise ValueError(
             f"{name}: the weight of {label} must be [N * Dh] = [{x.shape[2] * x.shape[3]}], not {list(weight.shape)}"
         )
+    if weight.device != x.device:
+        raise ValueError(f"{name}: {label} ({x.device}) and its weight ({weight.device}) must be on one device")
 
 
 def _check_grid(name: str, q: Tensor, k: Tensor, grid: Grid, token_range: tuple[int, int] | None) -> None:
@@ -126,6 +147,8 @@ def _check_grid(name: str, q: Tensor, k: Tensor, grid: Grid, token_range: tuple[
         raise ValueError(
             f"{name}: q {list(q.shape)} {q.dtype} and k {list(k.shape)} {k.dtype} must have one shape and dtype"
         )
+    if q.device != k.device:
+        raise ValueError(f"{name}: q ({q.device}) and k ({k.device}) must be on one device")
     if q.shape[3] % 2:
         raise ValueError(f"{name}: a head of {q.shape[3]} channels has no complex pairs, the size must be even")
     if len(grid) != 3 or min(grid) < 1:
@@ -137,13 +160,116 @@ def _check_grid(name: str, q: Tensor, k: Tensor, grid: Grid, token_range: tuple[
         raise ValueError(f"{name}: {q.shape[1]} tokens are not grid {grid}, {grid[0] * (stop - start)} tokens")
 
 
+def _choose(name: str, backend: str | None, x: Tensor, *others: Tensor) -> str:
+    heads, head_dim = x.shape[2:]
+    fits = head_dim % 2 == 0 and 0 < head_dim <= _MAX_HEAD_CHANNELS and 0 < heads * head_dim <= _MAX_CHANNELS
+    taken = fits and x.dtype in _KERNEL_DTYPES
+    if backend is None and (not taken or needs_grad(x, *others)):
+        return "ref"
+    backend = choose(name, backend, x.device.type, opt_in=True)
+    if backend != "ref" and not taken:
+        raise ValueError(
+            f"{name}: backend {backend!r} takes float32, float16 and bfloat16, heads of an even size up to "
+            f"{_MAX_HEAD_CHANNELS} and up to {_MAX_CHANNELS} channels, not {x.dtype} {list(x.shape)}; use 'ref'"
+        )
+    return backend
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    # The stride of a dimension of one says nothing, and would speak against 16-byte loads.
+    return tuple(stride if size > 1 else 0 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
+
+
+def _weights(x: Tensor, *weights: Tensor) -> list[Tensor]:
+    """Contiguous, all of one dtype: x's if they have it, else float32."""
+    dtype = x.dtype if all(weight.dtype == x.dtype for weight in weights) else torch.float32
+    return [weight.to(dtype).contiguous() for weight in weights]
+
+
+def _dtype_code(x: Tensor) -> int:
+    codes = {torch.float32: "FLOAT32", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
+    return getattr(extension, codes[x.dtype])
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@torch.library.custom_op(
+    "skyreels_fast::qk_norm", mutates_args=(), schema="(Tensor x, Tensor weight, float eps, str backend) -> Tensor"
+)
+def _qk_norm(x: Tensor, weight: Tensor, eps: float, backend: str) -> Tensor:
+    x, (weight,), out = _rows(x), _weights(x, weight), _like(x)
+    if out.numel() == 0:
+        return out
+    with torch.cuda.device_of(out):
+        if backend == "cuda":
+            pointers = [tensor.data_ptr() for tensor in (out, x, weight)]
+            dtypes = (_dtype_code(x), _dtype_code(weight))
+            extension.qk_norm(*pointers, tuple(x.shape), _strides(x), eps, *dtypes, current_stream(x))
+        else:
+            triton_kernels.norm(out, x, weight, eps)
+    return out
+
+
+@torch.library.custom_op(
+    "skyreels_fast::qk_norm_rope3d",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, SymInt[] grid, SymInt[] token_range,"
+    " SymInt frame_offset, float theta, float eps, str backend) -> (Tensor, Tensor)",
+)
+def _qk_norm_rope3d(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    grid: list[int],
+    token_range: list[int],
+    frame_offset: int,
+    theta: float,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    q, k, weights, outs = _rows(q), _rows(k), _weights(q, q_weight, k_weight), (_like(q), _like(k))
+    if q.numel() == 0:
+        return outs
+    frames, height, width = grid
+    table = _axis_table((frames, height, width), frame_offset, q.shape[3], theta, q.device)
+    tensors = (*outs, q, k, *weights, table)
+    with torch.cuda.device_of(q):
+        if backend == "cuda":
+            layout = (tuple(q.shape), _strides(q), _strides(k), tuple(grid), tuple(token_range))
+            dtypes = (_dtype_code(q), _dtype_code(weights[0]))
+            pointers = [tensor.data_ptr() for tensor in tensors]
+            extension.qk_norm_rope3d(*pointers, *layout, eps, *dtypes, current_stream(q))
+        else:
+            triton_kernels.norm_rope(*tensors, tuple(grid), tuple(token_range), eps)
+    return outs
+
+
+@_qk_norm.register_fake
+def _(x: Tensor, weight: Tensor, eps: float, backend: str) -> Tensor:
+    return _like(x)
+
+
+@_qk_norm_rope3d.register_fake
+def _(q: Tensor, k: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return _like(q), _like(k)
+
+
 def qk_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, backend: str | None = None) -> Tensor:
     """RMSNorm of x [B, L, N, Dh] over all heads together, times weight [N * Dh]; shape and dtype of x.
 
-    Raises ValueError for shapes that do not fit, or a backend that is not there.
+    Raises ValueError for shapes that do not fit, or a backend that is not there or does not take them.
     """
-    _check_backend("qk_norm", backend)
     _check_norm("qk_norm", "x", x, weight)
+    backend = _choose("qk_norm", backend, x, weight)
+    if backend != "ref":
+        return _qk_norm(x, weight, eps, backend)
     return qk_norm_ref(x, weight, eps=eps, math_dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
 
 
@@ -165,13 +291,16 @@ def qk_norm_rope3d(
     q_weight, k_weight: [N * Dh]. grid: the (f, h, w) that L counts; `frame_offset` is the position of its first frame.
     With `token_range` (start, stop) the tokens are those of h * w alone in every frame, L = f * (stop - start): a
     shard's. Returns (q, k) of the given shape and dtype. Raises ValueError for shapes that do not fit, or a backend
-    that is not there.
+    that is not there or does not take them.
     """
     name = "qk_norm_rope3d"
-    _check_backend(name, backend)
     _check_norm(name, "q", q, q_weight)
     _check_norm(name, "k", k, k_weight)
     _check_grid(name, q, k, grid, token_range)
+    backend = _choose(name, backend, q, k, q_weight, k_weight)
+    if backend != "ref":
+        tokens = token_range or (0, grid[1] * grid[2])
+        return _qk_norm_rope3d(q, k, q_weight, k_weight, grid, tokens, frame_offset, theta, eps, backend)
     places = {"frame_offset": frame_offset, "token_range": token_range, "theta": theta}
     math_dtype = torch.promote_types(q.dtype, torch.float32)
     return qk_norm_rope3d_ref(q, k, q_weight, k_weight, tuple(grid), eps=eps, math_dtype=math_dtype, **places)
