@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import skyreels_fast as sf
 from skyreels_fast import cli, media
-from skyreels_fast.conditions import History, image_latent
+from skyreels_fast.conditions import History, load_pictures
 from skyreels_fast.config import TEACACHE_COEFFICIENTS, TransformerConfig
 
 FIRST, LAST = GOLDEN / "first.png", GOLDEN / "last.png"
@@ -41,7 +41,8 @@ def test_1_an_image_is_held_whatever_the_block(pipelines: Pipelines) -> None:
     asked = request(image=FIRST, num_frames=21, base_num_frames=21, causal_block_size=2, ar_step=1)
     plan = pipe.plan(asked)
     latents = pipe(plan).latents[0]
-    held = image_latent(pipe._load()[1], FIRST, plan.settings)
+    with torch.no_grad():
+        held = pipe._load()[1].encode(load_pictures(plan.settings)["image"])
     assert torch.equal(latents[:, :, :1], held)
 
 

@@ -74,3 +74,25 @@ def test_weights_stay_put_when_a_directory_is_moved_between_requests(
     first = pipe(request)
     (tmp_path / "model").rename(tmp_path / "away")
     assert torch.equal(pipe(request).frames, first.frames)
+
+
+def test_results_are_ordinary_tensors(pipelines: dict[str, sf.Pipeline]) -> None:
+    result = pipelines["t2v"](_request({**SETTINGS["t2v"], "num_inference_steps": 1, "num_frames": 5}, {}))
+    latents = result.latents[0].requires_grad_()
+    latents.square().sum().backward()
+    assert latents.grad is not None
+    result.frames.add_(1)
+
+
+def test_where_no_file_tells_the_mode_requests_do(tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "t2v", tmp_path / "model")
+    shutil.copy(GOLDEN / "Wan2.1_VAE.pth", tmp_path / "model")
+    pipe = sf.Pipeline.from_pretrained(tmp_path / "model", device="cpu", dtype=torch.float32)
+    assert pipe.plan(_request(SETTINGS["t2v"], {})).settings.mode == "t2v"
+    assert pipe.plan(_request(SETTINGS["df_long"], {})).settings.mode == "df"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_without_a_gpu_the_default_device_is_a_clear_error() -> None:
+    with pytest.raises(ValueError, match='give device="cpu"'):
+        sf.Pipeline.from_pretrained("tiny")

@@ -57,14 +57,13 @@ class Conditions:
             self._contexts = dict(zip(prompts, self._encode(prompts), strict=True))
         return [(self._contexts[prompt] if context is None else context)[None] for context, prompt in wanted]
 
-    def image_tokens(self, settings: Settings) -> Tensor | None:
+    def image_tokens(self, settings: Settings, pictures: dict[str, Tensor]) -> Tensor | None:
         """CLIP tokens [1, 257, 1280] of an I2V request's image."""
         if settings.mode != "i2v" or settings.clip_features is not None:
             return settings.clip_features
         encoder = ImageEncoder.load(self.checkpoint, self.dtype)
-        image = media.fit_image(media.load_image(settings.image), settings.height, settings.width)
         with self.placement.use(encoder, stay=False):
-            return encoder.encode(image.transpose(0, 1))
+            return encoder.encode(pictures["image"][:, :, 0])
 
     def _encode(self, prompts: list[str]) -> list[Tensor]:
         encoder = TextEncoder.load(self.checkpoint, self.dtype)
@@ -95,16 +94,20 @@ class History:
         return iter(self._chunks)
 
 
-def image_latent(vae: VAE, image: media.ImageLike, settings: Settings) -> Tensor:
-    """An image as one latent frame [1, 16, 1, h, w]."""
-    return vae.encode(media.fit_image(media.load_image(image), settings.height, settings.width)[None])
+def load_pictures(settings: Settings) -> dict[str, Tensor]:
+    """The request's images by field, fitted to its size: float32 [1, 3, 1, H, W] in [−1, 1]."""
+    given = {name: getattr(settings, name) for name in ("image", "end_image")}
+    return {
+        name: media.fit_image(media.load_image(source), settings.height, settings.width)[None]
+        for name, source in given.items()
+        if source is not None
+    }
 
 
-def image_channels(vae: VAE, settings: Settings, latents: int) -> Tensor:
+def image_channels(vae: VAE, image: Tensor, latents: int) -> Tensor:
     """I2V's 20 extra channels [1, 20, F, h, w]: 4 of mask, 1 on the given frame, and the latents of (image, zeros)."""
 
     def frames() -> Iterator[Tensor]:
-        image = media.fit_image(media.load_image(settings.image), settings.height, settings.width)[None]
         yield image
         empty = torch.zeros_like(image).expand(-1, -1, VAE_STRIDE[0], -1, -1)
         yield from (empty for _ in range(latents - 1))

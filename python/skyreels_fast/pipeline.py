@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import media
 from .checkpoint import Checkpoint
-from .conditions import Conditions, History, image_channels, image_latent
+from .conditions import Conditions, History, image_channels, load_pictures
 from .config import LATENT_CHANNELS, VAE_STRIDE
 from .dit.model import Context, DiT
 from .placement import Placement
@@ -49,7 +49,7 @@ class Pipeline:
     """One model directory, ready to render requests. Make it with `from_pretrained`."""
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, offload: bool, mode: str
+        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, offload: bool, mode: str | None
     ) -> None:
         self.checkpoint, self.device, self.dtype, self.mode = checkpoint, device, dtype, mode
         self.placement = Placement(device, offload=offload)
@@ -70,18 +70,21 @@ class Pipeline:
 
         Args:
             mode: "df" (diffusion forcing) or "t2v", which an image-to-video model runs as "i2v"; None takes what the
-                model was made for.
+                model was made for. Where nothing in the directory tells, requests do: "df" where they ask for it.
 
         Raises:
             ValueError: the directory is unknown or incomplete, a tensor is missing, unknown or misshapen,
-                or the model cannot run in `mode`.
+                or the model cannot run in `mode`; or there is no such device.
         """
+        device = torch.device(device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f'device="{device}": PyTorch finds no CUDA device here; give device="cpu"')
         checkpoint = Checkpoint.open(path_or_id)
         checkpoint.require("vae")
         with torch.device("meta"):
             checkpoint.check_transformer(DiT(checkpoint.config))
             checkpoint.check_vae(_vae_of(checkpoint))
-        return cls(checkpoint, torch.device(device), dtype, offload=offload, mode=_mode(checkpoint, mode))
+        return cls(checkpoint, device, dtype, offload=offload, mode=_mode(checkpoint, mode))
 
     def plan(self, request: Request) -> Plan:
         """Fill in the model's defaults and lay out the windows; nothing is loaded. Raises ValueError on bad input."""
@@ -89,7 +92,7 @@ class Pipeline:
         checkpoint = self.checkpoint
         settings = resolve(
             request,
-            mode=self.mode,
+            mode=self.mode or ("df" if request.asks_diffusion_forcing else "t2v"),
             defaults=checkpoint.generation_config,
             resolution_hint=checkpoint.resolution_hint(),
         )
@@ -114,14 +117,15 @@ class Pipeline:
             result.frames = torch.cat(list(result.frames))
         return result
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _render(self, plan: Plan, result: Result, progress: Progress) -> Iterator[Tensor]:
         settings = plan.settings
         clock = Clock(self.device, result.timings, progress)
+        pictures = load_pictures(settings)
         with clock("text"):
             texts = self.conditions.texts(settings, plan.guided)
         with clock("image"):
-            image = self.conditions.image_tokens(settings)
+            image = self.conditions.image_tokens(settings, pictures)
         with clock("load"):
             dit, vae = self._load()
         contexts: list[Context] = []
@@ -134,8 +138,8 @@ class Pipeline:
                 yield frames
         for index, window in enumerate(plan.windows):
             with clock("encode"), self.placement.use(vae):
-                prefix, end = self._given(vae, window, settings, history)
-                channels = image_channels(vae, settings, window.latents) if self.mode == "i2v" else None
+                prefix, end = self._given(vae, window, pictures, history)
+                channels = image_channels(vae, pictures["image"], window.latents) if settings.mode == "i2v" else None
             progress.window(index, len(plan.windows), plan.calls[index])
             with clock("denoise"), self.placement.use(dit):
                 contexts = contexts or [dit.encode_context(text.to(self.device), image) for text in texts]
@@ -147,7 +151,7 @@ class Pipeline:
                     *contexts,
                     guidance_scale=settings.guidance_scale,
                     fps=settings.fps,
-                    in_place=self.mode == "df",
+                    in_place=settings.mode == "df",
                     prefix=window.prefix,
                     addnoise=settings.addnoise_condition,
                     noise_generator=condition_noise,
@@ -174,16 +178,16 @@ class Pipeline:
         return self._dit, self._vae
 
     def _given(
-        self, vae: VAE, window: Window, settings: Settings, history: History
+        self, vae: VAE, window: Window, pictures: dict[str, Tensor], history: History
     ) -> tuple[Tensor | None, Tensor | None]:
         """Latents held through a window: of earlier frames or the image at its start, of the end image at its end."""
         prefix = end = None
         if window.prefix and history.frames:
             prefix = vae.encode_stream(history.chunks())
         elif window.prefix:
-            prefix = image_latent(vae, settings.image, settings)
+            prefix = vae.encode(pictures["image"])
         if window.end:
-            end = image_latent(vae, settings.end_image, settings)
+            end = vae.encode(pictures["end_image"])
         return prefix, end
 
     def _initial(
@@ -192,7 +196,7 @@ class Pipeline:
         """Noise [1, 16, F, h, w] in float32 with the given latents in place, the end image's appended."""
         shape = (window.latents, settings.height // VAE_STRIDE[1], settings.width // VAE_STRIDE[2])
         # Diffusion forcing draws in the model's dtype: the seed's frames depend on it.
-        dtype = self.dtype if self.mode == "df" else torch.float32
+        dtype = self.dtype if settings.mode == "df" else torch.float32
         latents = torch.randn(LATENT_CHANNELS, *shape, generator=noise, dtype=dtype, device=self.device)[None].float()
         if prefix is not None:
             latents[:, :, : window.prefix] = prefix
@@ -212,9 +216,9 @@ class Pipeline:
         return TeaCacheSettings(coefficients, settings.teacache_thresh, settings.use_ret_steps)
 
 
-def _mode(checkpoint: Checkpoint, asked: str | None) -> str:
-    mode = asked or checkpoint.mode_hint() or "t2v"
-    if mode not in MODES:
+def _mode(checkpoint: Checkpoint, asked: str | None) -> str | None:
+    mode = asked or checkpoint.mode_hint()
+    if mode not in (None, *MODES):
         raise ValueError(f"mode {mode!r} is not one of {', '.join(MODES)}")
     takes_image = checkpoint.config.model_type == "i2v"
     if takes_image and mode == "df":

@@ -25,7 +25,7 @@ class Plan:
     def of(cls, settings: Settings, source_frames: int = 0) -> Plan:
         """Raises ValueError where the windows or the schedule do not work out, naming the nearest values that do."""
         plan = cls(settings, _windows(settings), source_frames)
-        _ = plan.calls  # schedules are made here once, so that a bad ar_step is refused now
+        _ = plan.calls, plan.sigmas  # made now, so that what cannot be scheduled is refused before anything loads
         return plan
 
     @cached_property

@@ -94,6 +94,12 @@ class Request:
         object.__setattr__(self, "source", source)
 
 
+    @property
+    def asks_diffusion_forcing(self) -> bool:
+        """Whether it holds what a text-to-video model has no use for: a first image, or a field about windows."""
+        return self.image is not None or any(getattr(self, name) is not None for name in _DF_ONLY)
+
+
 @dataclass(frozen=True, eq=False)
 class Settings:
     """A request on one model: every field filled, None only for inputs that were not given."""
