@@ -198,7 +198,8 @@ class RandomCheckpoint(Checkpoint):
         shapes = {name: tuple(parameter.shape) for name, parameter in vae.named_parameters()}
         return RandomWeights(shapes, self.device, torch.float32)
 
-    def text_weights(self) -> tuple[dict[str, Tensor], dict]:
+    def _part(self, part: str) -> tuple[dict[str, Tensor], dict]:
+        self.require(part)  # no other than the text encoder is ever there
         return self._text, {}
 
     @cached_property

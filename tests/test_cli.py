@@ -115,7 +115,7 @@ def test_a_crash_keeps_what_was_rendered(fake, capfd):
     said = capfd.readouterr().err
     assert "Traceback" in said
     assert "RuntimeError: kernel went away" in said
-    assert said.splitlines()[-1] == "generate_video.py: 12 of 16 frames are saved in out.mp4"
+    assert said.splitlines()[-1] == "generate_video.py: 12 of 16 frames can be played in out.mp4"
     assert decoded("out.mp4") == 12
     record = sidecar(Path("out.mp4"))
     assert (record["complete"], record["frames"]) == (False, 12)
@@ -162,15 +162,36 @@ def test_a_dead_encoder_is_one_line(fake, capfd, monkeypatch):
     said = capfd.readouterr().err
     assert "Traceback" not in said
     assert "No space left on device" in said
+    assert said.splitlines()[-1] == "generate_video.py: 0 of 16 frames can be played in out.mp4"
 
 
-def test_ctrl_c_leaves_a_playable_file(tmp_path):
+def test_frames_that_never_reached_the_file_are_not_counted(fake, capfd, monkeypatch):
+    from skyreels_fast import media
+
+    close = media.VideoWriter.close
+
+    def fail(self):
+        close(self)
+        with open(self.path, "r+b") as file:
+            file.truncate(40)
+        raise media.VideoError("ffmpeg stopped writing out.mp4: No space left on device")
+
+    monkeypatch.setattr(media.VideoWriter, "close", fail)
+    assert cli.generate_video([*CPU, "--output", "out.mp4"]) == 1
+    assert "0 of 16 frames can be played in out.mp4" in capfd.readouterr().err
+    record = sidecar(Path("out.mp4"))
+    assert (record["complete"], record["frames"]) == (False, 0)
+
+
+def started(tmp_path):
+    """A long run in a process of its own, some frames of it in out.mp4."""
     (tmp_path / "fake_pipeline.py").write_text(FAKE + "\nchunks, pause_s = 400, 0.02\n")
     code = (
         "import sys, fake_pipeline; sys.modules['skyreels_fast.pipeline'] = fake_pipeline\n"
         "from skyreels_fast import cli\n"
         "sys.exit(cli.generate_video_df(['--device', 'cpu', '--output', 'out.mp4', '--seed', '5']))"
     )
+    out = tmp_path / "out.mp4"
     child = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=tmp_path,
@@ -180,14 +201,26 @@ def test_ctrl_c_leaves_a_playable_file(tmp_path):
         text=True,
         start_new_session=True,
     )
-    out = tmp_path / "out.mp4"
     end = time.monotonic() + 60
     while not (out.exists() and out.stat().st_size) and child.poll() is None and time.monotonic() < end:
         time.sleep(0.02)
     time.sleep(0.3)
-    os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to all processes in the foreground
+    return child, out
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 143, "stopped by SIGTERM"),
+        (signal.SIGHUP, 129, "stopped by SIGHUP"),
+    ],
+)
+def test_a_signal_leaves_a_playable_file(tmp_path, number, code, word):
+    child, out = started(tmp_path)
+    os.killpg(child.pid, number)  # as a terminal does: to all processes in the foreground
     _, said = child.communicate(timeout=60)
-    assert child.returncode == 130, said
+    assert child.returncode == code, said
     record = sidecar(out)
     assert record["complete"] is False
     assert 0 < record["frames"] < 1600
@@ -195,9 +228,36 @@ def test_ctrl_c_leaves_a_playable_file(tmp_path):
     assert decoded(out) == record["frames"]
     assert "Traceback" not in said
     assert said.splitlines()[-2:] == [
-        "generate_video_df.py: interrupted",
-        f"generate_video_df.py: {record['frames']} of 1600 frames are saved in out.mp4",
+        f"generate_video_df.py: {word}",
+        f"generate_video_df.py: {record['frames']} of 1600 frames can be played in out.mp4",
     ]
+
+
+def test_a_killed_run_leaves_no_older_record(tmp_path):
+    (tmp_path / "out.json").write_text('{"complete": true, "settings": {"seed": 1}}')
+    child, out = started(tmp_path)
+    child.kill()
+    child.communicate(timeout=60)
+    record = sidecar(out)
+    assert (record["complete"], record["frames"], record["settings"]["seed"]) == (False, 0, 5)
+
+
+def test_the_record_is_there_while_rendering_and_goes_back_if_nothing_comes_of_it(fake, monkeypatch):
+    seen = []
+
+    def call(self, plan, stream=False, progress=None):
+        seen.append(sidecar(Path("folder/out.mp4")))
+        raise RuntimeError("kernel went away")
+
+    monkeypatch.setattr(fake.Pipeline, "__call__", call)
+    words = [*CPU, "--output", "folder/out.mp4"]
+    assert cli.generate_video(words) == 1
+    assert (seen[0]["complete"], seen[0]["frames"]) == (False, 0)
+    assert not Path("folder").exists()
+    Path("folder").mkdir()
+    Path("folder/out.json").write_text("older")
+    assert cli.generate_video(words) == 1
+    assert Path("folder/out.json").read_text() == "older"
 
 
 def test_ctrl_c_before_rendering(fake, capfd):
@@ -243,7 +303,7 @@ def test_progress_on_a_terminal_shows_both_bars(fake):
         progress.stage("decode")
     progress.close()
     text = stream.getvalue()
-    for part in ("loading the model", "window 1/2", "window 2/2, decoding", "in total", "3/3", "6/6", "s/step"):
+    for part in ("loading the model", "window 1/2", "window 2/2, decoding", "in total", "3/3", "6/6", "s a step"):
         assert part in text
 
 
@@ -260,12 +320,36 @@ def test_progress_in_a_log_is_a_line_now_and_then(fake):
     progress.close()
     lines = stream.getvalue().splitlines()
     assert lines[:3] == ["reading the prompt ...", "loading the model ...", "window 1/1: 100 steps"]
-    assert len(lines) == 4
+    assert len(lines) == 5
     assert lines[3].startswith("window 1/1: step 100/100, ")
+    assert "left" not in lines[3]
+    assert lines[4] == "window 1/1: decoding ..."
     eager = ConsoleProgress(100, stream, interval_s=0.0)
     eager.window(0, 1, 100)
     eager.step()
     assert stream.getvalue().splitlines()[-1].startswith("window 1/1: step 1/100, ")
+
+
+@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
+def test_the_pace_is_that_of_denoising(fake, kind):
+    from skyreels_fast._progress import ConsoleProgress
+
+    now, stream = [0.0], kind()
+    progress = ConsoleProgress(6, stream, interval_s=0.0, clock=lambda: now[0])
+    for index in range(2):
+        progress.window(index, 2, 3)
+        for _ in range(3):
+            now[0] += 2
+            progress.step()
+        progress.stage("decode")
+        now[0] += 100
+    progress.close()
+    text = stream.getvalue()
+    assert "2.00 s a step, 00:10 left" in text or kind is Terminal
+    assert {line.split(" s a step")[0].split()[-1] for line in text.split("\n") if " s a step" in line} == {"2.00"}
+    assert "00:00 left" not in text
+    if kind is io.StringIO:  # two steps of the second window, and a decoding as long as the first
+        assert "window 2/2: step 1/3, 2.00 s a step, 01:44 left" in text
 
 
 def test_a_sidecar_is_written_whole_or_not_at_all(tmp_path):

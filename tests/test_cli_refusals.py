@@ -11,6 +11,7 @@ import pytest
 from fake_pipeline import COMMANDS, CPU
 
 from skyreels_fast import cli
+from skyreels_fast._flags import with_flags
 
 NUMBER_FLAGS = {
     "--num_frames": ("0", "-5", "abc", "9.5", "nan", "-inf"),
@@ -75,15 +76,19 @@ def test_bad_values_are_refused(fake, capfd, program, flag, bad):
 @pytest.mark.parametrize(
     ("program", "words", "message"),
     [
-        ("generate_video.py", "--height 64", "--height 64: needs width as well"),
-        ("generate_video_df.py", "--end_image picture.png", "--end_image 'picture.png': needs image"),
-        ("generate_video_df.py", "--video_path picture.png", "--video_path 'picture.png': needs overlap_history"),
+        ("generate_video.py", "--height 64", "--height 64: needs --width as well"),
+        ("generate_video_df.py", "--end_image picture.png", "--end_image 'picture.png': needs --image as well"),
+        ("generate_video_df.py", "--video_path picture.png", "--video_path 'picture.png': needs --overlap_history (17"),
         (
             "generate_video_df.py",
             "--video_path missing.mp4 --overlap_history 17",
             "--video_path 'missing.mp4': no such",
         ),
-        ("generate_video_df.py", "--video_path picture.png --overlap_history 17", "has 1 of the 17 frames"),
+        (
+            "generate_video_df.py",
+            "--video_path picture.png --overlap_history 17",
+            "has 1 of the 17 frames that --overlap_history takes: use --overlap_history 1 or",
+        ),
         ("generate_video_df.py", "--image picture.png --end_image picture.png --causal_attention", "--end_image"),
         ("generate_video_df.py", "--output picture.png", "--output 'picture.png': must end in .mp4"),
         ("generate_video.py", "--numframes 17", "unknown argument --numframes; did you mean --num_frames?"),
@@ -113,6 +118,48 @@ def test_a_video_is_not_written_over_its_source(fake, capfd):
     )
     assert "--output './clip.mp4': is the input of --video_path" in capfd.readouterr().err
     assert Path("clip.mp4").read_bytes() == before
+
+
+@pytest.mark.parametrize("words", ["--image missing.png", "--height 64", "--output x/a.avi"])
+def test_a_refused_run_leaves_no_folder(fake, words):
+    assert cli.generate_video([*CPU, *words.split()]) == 2
+    fake.error_at_plan = ValueError("seed=1: no")
+    assert cli.generate_video(CPU) == 2
+    assert list(Path().iterdir()) == []
+
+
+def test_an_outdir_that_is_a_file_is_refused(fake, capfd):
+    Path("result").mkdir()
+    Path("result/clips").write_text("kept")
+    assert cli.generate_video([*CPU, "--outdir", "clips"]) == 2
+    said = capfd.readouterr().err
+    assert "error: --outdir 'clips': cannot write " in said
+    assert "result/clips is a file, not a folder" in said
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("num_frames=98: use 97 with overlap_history=5", "--num_frames 98: use 97 with --overlap_history 5"),
+        ("image: this model makes a video from an image", "--image: this model makes a video from an image"),
+        ("prompt='needs image, seed=3': must be", "--prompt 'needs image, seed=3': must be"),
+        ("video='end_image/num_frames.mp4': no", "--video_path 'end_image/num_frames.mp4': no"),
+        ("resolution='1P': must be 540P, or give height and width", "--resolution '1P': must be 540P, or give --height "
+         "and --width"),
+        ("generation_config.json num_frames=0: must be", "generation_config.json num_frames=0: must be"),
+        ("use_ret_steps and teacache_thresh have no effect without teacache", "--use_ret_steps and --teacache_thresh "
+         "have no effect without --teacache"),
+    ],
+)  # fmt: skip
+def test_messages_name_flags(message, said):
+    assert with_flags(message) == said
+
+
+@pytest.mark.parametrize(("called", "said"), [("skyreels-fast-df", "skyreels-fast-df"), ("x", "generate_video_df.py")])
+def test_the_command_goes_by_the_name_it_was_called(fake, capfd, monkeypatch, called, said):
+    monkeypatch.setattr("sys.argv", [f"/usr/bin/{called}"])
+    assert cli.generate_video_df(["--fps", "0"]) == 2
+    assert capfd.readouterr().err.startswith(f"{said}: error: --fps 0.0: ")
 
 
 @pytest.mark.parametrize(

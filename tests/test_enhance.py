@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import huggingface_hub
 import pytest
 import torch
@@ -108,8 +110,24 @@ def test_a_model_without_a_chat_template_is_refused(model_dir, tmp_path):
         enhance.enhance("a fox", tmp_path, "cpu")
 
 
-@pytest.mark.parametrize("words", [[], ["--prompt", "a", "--max_new_tokens", "0"], ["--prompt", "a", "--seed", "x"]])
-def test_bad_flags_exit_2(words):
-    with pytest.raises(SystemExit) as stop:
-        enhance.main(words)
-    assert stop.value.code == 2
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        "--prompt a --max_new_tokens 0",
+        "--prompt a --seed x",
+        "--prompt a --device gpu",
+        "--prompt a --device cuda:99",
+    ],
+)
+def test_bad_flags_are_one_line(words, capsys):
+    assert enhance.main(words.split()) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("python -m skyreels_fast.enhance: error: ")
+
+
+def test_a_damaged_model_is_one_line(model_dir, tmp_path, capsys):
+    shutil.copytree(model_dir, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"damaged")
+    assert enhance.main(["--prompt", "a fox", "--model", str(tmp_path / "model"), "--device", "cpu"]) == 2
+    assert "cannot be loaded: " in capsys.readouterr().err.splitlines()[-1]

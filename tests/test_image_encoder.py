@@ -131,3 +131,53 @@ def test_diffusers_layout_computes_the_same(tmp_path: Path, prefix: str) -> None
     with torch.no_grad():
         expected = theirs(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
     assert rel_l2(encoder.encode(unnormalised(pixels)), expected) < 1e-5
+
+
+def vit_h(directory: Path, *, patches: int = 256) -> tuple[Checkpoint, dict[str, Tensor]]:
+    """A directory for a tower as wide as ViT-H/14 but of two blocks, and its tensors, to be saved by `checked`."""
+    dim, ffn = 1280, 8
+    shapes = {"cls_embedding": (1, 1, dim), "pos_embedding": (1, 1 + patches, dim)}
+    shapes |= {"patch_embedding.weight": (dim, 3, 14, 14), "pre_norm.weight": (dim,), "pre_norm.bias": (dim,)}
+    for name, rows, columns in (("attn.to_qkv", 3 * dim, dim), ("attn.proj", dim, dim), ("mlp.0", ffn, dim)):
+        shapes |= {f"transformer.0.{name}.weight": (rows, columns), f"transformer.0.{name}.bias": (rows,)}
+    shapes |= {"transformer.0.mlp.2.weight": (dim, ffn), "transformer.0.mlp.2.bias": (dim,)}
+    shapes |= {f"transformer.0.norm{i}.{leaf}": (dim,) for i in (1, 2) for leaf in ("weight", "bias")}
+    shapes["transformer.1.norm1.weight"] = (dim,)
+    shutil.copy(GOLDEN / "i2v" / "config.json", directory)
+    return Checkpoint.open(directory), {f"visual.{name}": torch.zeros(1).expand(s) for name, s in shapes.items()}
+
+
+def checked(checkpoint: Checkpoint, weights: dict[str, Tensor]) -> None:
+    torch.save(weights, checkpoint.root / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
+    ImageEncoder.check(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("visual.transformer.0.norm1.bias", None, r"missing visual\.transformer\.0\.norm1\.bias$"),
+        ("visual.transformer.0.attn.to_qkv.bias", None, r"missing visual\.transformer\.0\.attn\.to_qkv\.bias$"),
+        ("visual.cls_embedding", None, r"missing visual\.cls_embedding$"),
+        ("visual.patch_embedding.weight", None, r"visual\.patch_embedding\.weight is missing$"),
+        ("visual.patch_embedding.weight", torch.ones(4), r"visual\.patch_embedding\.weight has shape \(4,\)$"),
+        ("visual.pre_norm.bias", torch.ones(3), r"misshapen visual\.pre_norm\.bias \(3,\) in place of \(1280,\)$"),
+        ("visual.adapter", torch.ones(3), r"unknown visual\.adapter$"),
+    ],
+)
+def test_check_finds_damage_without_loading(tmp_path: Path, name: str, tensor: Tensor | None, message: str) -> None:
+    checkpoint, weights = vit_h(tmp_path)
+    checked(checkpoint, weights)
+    if tensor is None:
+        del weights[name]
+    else:
+        weights[name] = tensor
+    with pytest.raises(CheckpointError, match=f"^image encoder of .*{message}"):
+        checked(checkpoint, weights)
+
+
+def test_check_refuses_a_tower_of_another_size(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="it gives 145 tokens of 1280, the transformer takes 257 tokens of 1280"):
+        checked(*vit_h(tmp_path, patches=144))
+    (tmp_path / "image_encoder_config.json").write_text('{"num_attention_heads": 4}')
+    with pytest.raises(CheckpointError, match="it gives 17 tokens of 64"):
+        checked(Checkpoint.open(tmp_path), golden_weights())

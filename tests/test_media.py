@@ -106,6 +106,31 @@ def test_load_image_drops_alpha_and_turns_upright(tmp_path):
         media.load_image(tmp_path / "missing.png")
 
 
+@pytest.mark.parametrize("mode", ["<u2", ">u2"])
+def test_16_bit_grey_is_scaled(tmp_path, mode):
+    levels = np.array([[0, 257, 32896, 65535], [128, 129, 40000, 300]])
+    path, image = tmp_path / "grey.png", Image.fromarray(levels.astype(mode))
+    image.save(path)
+    for source in (path, image):
+        pixels = np.asarray(media.load_image(source))
+        assert np.array_equal(pixels, np.repeat(np.rint(levels / 257).astype(np.uint8)[..., None], 3, -1))
+
+
+def test_an_array_is_no_image():
+    with pytest.raises(ValueError, match="must be a PIL image or the path"):
+        media.load_image(np.zeros((4, 4, 3), np.uint8))
+
+
+def test_playable_frames(tmp_path):
+    path = tmp_path / "out.mp4"
+    assert media.playable_frames(path) == 0
+    with media.VideoWriter(path, 24, 64, 96) as writer:
+        writer.write(moving(9))
+    assert media.playable_frames(path) == 9
+    path.write_bytes(b"no video")
+    assert media.playable_frames(path) == 0
+
+
 def test_a_video_comes_back_as_it_went_in(tmp_path):
     path, frames = tmp_path / "out.mp4", moving(50)
     with media.VideoWriter(path, 24, 64, 96) as writer:
@@ -300,12 +325,12 @@ def test_output_names_never_repeat(tmp_path, monkeypatch):
 
 
 def test_check_writable(tmp_path):
-    media.check_writable(tmp_path / "a" / "b" / "out.mp4")
-    assert list((tmp_path / "a" / "b").iterdir()) == []
+    media.check_writable(tmp_path / "a" / "b" / "out.mp4", make=False)
+    assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("kept")
     media.check_writable(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "kept"
     for bad in (tmp_path, tmp_path / "file" / "out.mp4", "/proc/nowhere/out.mp4", tmp_path / ("x" * 300) / "out.mp4"):
         with pytest.raises(ValueError, match="^cannot write ") as error:
-            media.check_writable(bad)
+            media.check_writable(bad, make=False)
         assert "\n" not in str(error.value)

@@ -123,8 +123,51 @@ def test_wrong_weights_are_refused(tmp_path: Path) -> None:
     del weights["blocks.1.norm2.weight"]
     weights["decoder.weight"] = torch.ones(1)
     torch.save(weights, published(tmp_path) / "models_t5_umt5-xxl-enc-bf16.pth")
-    with pytest.raises(CheckpointError, match=r"missing .*block\.1.*layer_norm\.weight; unknown decoder\.weight"):
+    with pytest.raises(CheckpointError, match=r"missing blocks\.1\.norm2\.weight; unknown decoder\.weight"):
         TextEncoder.load(Checkpoint.open(tmp_path), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("blocks.1.attn.q.weight", None, r"missing blocks\.1\.attn\.q\.weight$"),
+        ("blocks.0.ffn.gate.0.weight", None, r"blocks\.0\.ffn\.gate\.0\.weight is missing$"),
+        ("token_embedding.weight", None, r"token_embedding\.weight is missing$"),
+        ("token_embedding.weight", torch.ones(()), r"token_embedding\.weight has shape \(\)$"),
+        ("norm.weight", torch.ones(3), r"misshapen norm\.weight \(3,\) in place of \(64,\)$"),
+        ("lora.down", torch.ones(3), r"unknown lora\.down$"),
+        ("token_embedding.weight", torch.ones(4, 64), "tokenizer has 10 tokens, its token embedding 4 rows$"),
+        ("token_embedding.weight", torch.ones(96, 32), "contexts are 32 wide, the transformer's text_dim is 64$"),
+    ],
+)
+def test_check_finds_damage_without_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, tensor: Tensor | None, message: str
+) -> None:
+    file = published(tmp_path) / "models_t5_umt5-xxl-enc-bf16.pth"
+    TextEncoder.check(Checkpoint.open(tmp_path))
+    weights = golden_weights()
+    if tensor is None:
+        del weights[name]
+    else:
+        weights[name] = tensor
+    file.unlink()
+    torch.save(weights, file)
+    monkeypatch.setattr(Checkpoint, "load_text_encoder", None)
+    with pytest.raises(CheckpointError, match=f"^text encoder of .*{message}"):
+        TextEncoder.check(Checkpoint.open(tmp_path))
+
+
+def test_check_opens_the_tokenizer_and_reads_the_settings(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(published(tmp_path))
+    (tmp_path / "text_encoder_config.json").write_text('{"relative_attention_max_distance": [1]}')
+    with pytest.raises(CheckpointError, match=r"relative_attention_max_distance .*\[1\]") as error:
+        TextEncoder.check(checkpoint)
+    assert "\n" not in str(error.value)
+    (tmp_path / "text_encoder_config.json").unlink()
+    (tmp_path / "google" / "umt5-xxl" / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match="tokenizer.json cannot be read") as error:
+        TextEncoder.check(checkpoint)
+    assert "\n" not in str(error.value)
 
 
 # Prompts

@@ -18,11 +18,13 @@ def open_image(source: str | os.PathLike | Image) -> Image:
     from PIL import Image, ImageOps
 
     if isinstance(source, Image.Image):
-        return ImageOps.exif_transpose(source).convert("RGB")
+        return _as_rgb(ImageOps.exif_transpose(source), source.format)
+    if not isinstance(source, (str, os.PathLike)):
+        raise ValueError("must be a PIL image or the path of an image")
     check_file(source)
     try:
         with Image.open(source) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return _as_rgb(ImageOps.exif_transpose(image), image.format)
     except Exception as error:  # Pillow's decoders raise anything on a damaged file
         raise ValueError(f"is not a readable image ({first_line(error)}): give a PNG or JPEG file") from None
 
@@ -46,6 +48,17 @@ def open_video(path: str | os.PathLike) -> Iterator[PluginV3]:
         raise ValueError(f"is not a readable video ({reason}): give an MP4, MOV, WebM or similar file") from None
     with video:
         yield video
+
+
+def _as_rgb(image: Image, file_format: str | None) -> Image:
+    """8-bit RGB; 16-bit grey, which Pillow's own conversion may clip at 255, is scaled to its nearest 8-bit level."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
+        import numpy as np
+        from PIL import Image
+
+        levels = np.asarray(image).astype(np.uint32)
+        image = Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def check_file(path: object) -> None:

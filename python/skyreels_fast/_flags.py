@@ -5,14 +5,28 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
+from ._values import UsageError
 from .request import Request
 
 FIELDS = {field.name: field.name for field in dataclasses.fields(Request) if field.init}
+# How each command may be called; the first where it goes by another name.
+PROGRAMS = {"df": ("generate_video_df.py", "skyreels-fast-df"), "t2v": ("generate_video.py", "skyreels-fast")}
+_SCRIPTS = tuple(names[1] for names in PROGRAMS.values())
 DTYPES = ("bfloat16", "float16", "float32")
 FIELDS["video"] = "video_path"  # field of a Request: flag, where they differ
+# Fields inside a message: with a value, with a name that is no English word, or where the message asks for them.
+_FLAGGED = [name for name in FIELDS if name not in ("context", "negative_context", "clip_features")]
+_NAMES = "|".join(sorted(_FLAGGED, key=len, reverse=True))
+_COMPOUNDS = "|".join(sorted((name for name in _FLAGGED if "_" in name), key=len, reverse=True))
+_QUOTED = re.compile(r"""((?<!\w)'(?:[^'\\]|\\.)*'|(?<!\w)"(?:[^"\\]|\\.)*")""")
+_MENTION = re.compile(
+    rf"(?<![\w./-])(?:(?P<set>{_NAMES})=|(?P<compound>{_COMPOUNDS})(?![\w/=-]|\.\w)"
+    rf"|(?P<verb>needs|without|give) (?P<word>{_NAMES})(?![\w/=.-])(?P<more> and width\b)?)"
+)
 
 _DF_EXAMPLES = """examples:
   a try-out with the bundled model, on any machine
@@ -38,10 +52,6 @@ _T2V_EXAMPLES = """examples:
 """
 
 
-class UsageError(ValueError):
-    """A command line that cannot be run."""
-
-
 class Parser(argparse.ArgumentParser):
     """Reports an error by raising UsageError with one line, in place of a page of usage."""
 
@@ -63,7 +73,7 @@ class Parser(argparse.ArgumentParser):
 
     def _hint(self, word: str) -> str:
         if any(f"--{flag.name}" == word for flags in FLAGS.values() for flag in flags):
-            return "generate_video_df.py has it"
+            return f"{PROGRAMS['df'][self.prog in _SCRIPTS]} has it"
         near = difflib.get_close_matches(word, self._option_string_actions, 1) if word[:1] == "-" else []
         return f"did you mean {near[0]}?" if near else f"{self.prog} --help lists the flags"
 
@@ -130,13 +140,13 @@ FLAGS = {
 
 
 def parser(program: str, mode: str) -> Parser:
-    """The flags of generate_video_df.py (mode "df") or generate_video.py ("t2v")."""
+    """The flags of generate_video_df.py (mode "df") or generate_video.py ("t2v"), under the name `program`."""
     df = mode == "df"
     made = Parser(
         prog=program,
         usage="%(prog)s [--prompt TEXT] [--model_id MODEL] [flags]",
         description=f"Render a video with a SkyReels-V2 {'diffusion forcing' if df else 'T2V or I2V'} model.",
-        epilog=_DF_EXAMPLES if df else _T2V_EXAMPLES,
+        epilog=(_DF_EXAMPLES if df else _T2V_EXAMPLES).replace(f"    {PROGRAMS[mode][0]}", f"    {program}"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     kinds = {"N": _whole, "PIXELS": _whole, "X": _real, "RATE": _real, "A,B,...": _reals, "TYPE": _dtype}
@@ -156,6 +166,39 @@ def parser(program: str, mode: str) -> Parser:
         offload=False,
     )
     return made
+
+
+def with_flags(message: str) -> str:
+    """A message about fields as one about flags: `video='x.mp4': needs image` is `--video_path 'x.mp4': needs --image`.
+
+    What stands in quotes is the user's and stays, as does what a model's file says.
+    """
+    if message.startswith("generation_config.json "):
+        return message
+    head = re.match(rf"({_NAMES})(?=: )", message)
+    start = f"--{FIELDS[head[1]]}" if head else ""
+    parts = _QUOTED.split(message[head.end() :] if head else message)
+    return start + "".join(part if i % 2 else _MENTION.sub(_as_flag, part) for i, part in enumerate(parts))
+
+
+def _as_flag(found: re.Match[str]) -> str:
+    if found["set"]:
+        return f"--{FIELDS[found['set']]} "
+    if found["compound"]:
+        return f"--{FIELDS[found['compound']]}"
+    return f"{found['verb']} --{FIELDS[found['word']]}{' and --width' if found['more'] else ''}"
+
+
+def check_usp(args: argparse.Namespace) -> None:
+    """Raises UsageError where --use_usp is given."""
+    if not args.use_usp:
+        return
+    if args.seed is None:
+        raise UsageError("--use_usp needs --seed: all GPUs must start from the same noise")
+    if args.prompt_enhancer:
+        raise UsageError("--use_usp and --prompt_enhancer exclude each other: enhance the prompt beforehand with "
+                         "python -m skyreels_fast.enhance")  # fmt: skip
+    raise UsageError("--use_usp needs several GPUs, which this version does not support yet; run without it")
 
 
 def request_values(args: argparse.Namespace) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -18,6 +19,48 @@ from .request import Settings
 
 # Not part of what to repeat: where the video went, and what has already become part of the settings.
 _NOT_REPEATED = ("output", "use_usp", "prompt_enhancer")
+
+
+class Record:
+    """The JSON file beside a video, there from the start, so that it never goes with another run's video.
+
+    video: where the video will be. values: what `describe_run` says.
+    """
+
+    def __init__(self, video: Path, values: Mapping[str, Any]) -> None:
+        self._video, self._path = video, video.with_suffix(".json")
+        self._values = dict(values)
+        self._before: bytes | None = None
+        self._made: list[Path] = []
+
+    def begin(self) -> None:
+        """Make the folders and say that nothing is rendered yet. Raises OSError, with nothing left behind."""
+        self._made = [folder for folder in self._path.parents if not folder.exists()]
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._before = self._path.read_bytes() if self._path.exists() else None
+            self.write(complete=False, frames=0)
+        except OSError:
+            self._remove_folders()
+            raise
+
+    def write(self, complete: bool, frames: int, **more: Any) -> None:
+        """Replace the record: `frames` that can be played, and more to know. Raises OSError."""
+        state = {"complete": complete, "video": self._video.name, "frames": frames}
+        write_json(self._path, state | self._values | more)
+
+    def withdraw(self) -> None:
+        """No video was begun: bring back what was there before. Raises OSError."""
+        if self._before is None:
+            self._path.unlink(missing_ok=True)
+        else:
+            self._path.write_bytes(self._before)
+        self._remove_folders()
+
+    def _remove_folders(self) -> None:
+        with contextlib.suppress(OSError):  # one that is in use, with all above it
+            for folder in self._made:
+                folder.rmdir()
 
 
 def describe_run(program: str, args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
@@ -45,7 +88,7 @@ def describe_run(program: str, args: argparse.Namespace, settings: Settings) -> 
 def command_line(program: str, args: argparse.Namespace, settings: Settings) -> str:
     """The command that renders the same video again, every setting spelled out."""
     fields = {flag: field for field, flag in FIELDS.items()}
-    words = ["python", program]
+    words = ["python", program] if program.endswith(".py") else [program]
     for flag, value in vars(args).items():
         value = getattr(settings, fields.get(flag, flag), value)
         unused = flag.startswith(("teacache_", "use_ret")) and not settings.teacache

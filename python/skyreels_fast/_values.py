@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,10 @@ from .config import PIXEL_MULTIPLE, RESOLUTIONS
 
 CONTEXT_TOKENS = 512
 CLIP_TOKENS = (1, 257, 1280)
+
+
+class UsageError(ValueError):
+    """A command line that cannot be run."""
 
 
 class RequestError(ValueError):
@@ -116,8 +121,23 @@ def probe_video(name: str, value: Any, frames: int) -> tuple[int, int, float | N
     else:
         found, size, fps = _probe_video_file(name, value, frames)
     if found < frames:
-        raise RequestError(name, value, f"has {found} of the {frames} frames that overlap_history takes")
+        most = max(1, (found - 1) // 4 * 4 + 1)
+        fix = f"use overlap_history={most} or less, or a longer video"
+        raise RequestError(name, value, f"has {found} of the {frames} frames that overlap_history takes: {fix}")
     return *size, fps
+
+
+def device_name(name: str | None) -> str:
+    """The device to use: `name`, else cuda where there is one. Raises UsageError for one that is not there."""
+    import torch
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UsageError(f"--device {name!r}: must be cuda, cuda:N or cpu")
+    if name != "cpu" and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name!r}: PyTorch finds {torch.cuda.device_count()} CUDA devices here; "
+                         "run with --device cpu or another one")  # fmt: skip
+    return name
 
 
 def _probe_video_file(name: str, path: Any, frames: int) -> tuple[int, tuple[int, int], float | None]:

@@ -1,24 +1,28 @@
 """The two commands: flags → request → plan → video, with what there is to say on the way. The only room that prints.
 
-Exit codes: 0 done; 1 it failed while rendering; 2 it was refused before any weight was loaded; 130 Ctrl-C.
-Whatever was rendered before a failure or a Ctrl-C is in a playable file.
+Exit codes: 0 done; 1 it failed while rendering; 2 it was refused before any weight was loaded; 130 Ctrl-C; 143 SIGTERM;
+129 SIGHUP. Whatever was rendered before a failure or one of these signals is in a playable file.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import re
+import signal
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._flags import FIELDS, UsageError, parser, request_values
-from ._sidecar import describe_run, write_json
+from ._flags import PROGRAMS, check_usp, parser, request_values, with_flags
+from ._sidecar import Record, describe_run
+from ._values import UsageError, device_name
 from .request import Request
 
 if TYPE_CHECKING:
@@ -29,12 +33,16 @@ if TYPE_CHECKING:
 
 def generate_video_df(argv: list[str] | None = None) -> int:
     """generate_video_df.py: diffusion forcing. Returns the exit code; `argv` is the process's own by default."""
-    return _run("generate_video_df.py", "df", argv)
+    return _run("df", argv)
 
 
 def generate_video(argv: list[str] | None = None) -> int:
     """generate_video.py: text-to-video, and image-to-video models. Returns the exit code."""
-    return _run("generate_video.py", "t2v", argv)
+    return _run("t2v", argv)
+
+
+class _Stopped(KeyboardInterrupt):
+    """SIGTERM or SIGHUP has come."""
 
 
 @dataclass
@@ -45,26 +53,51 @@ class _Job:
     pipe: Pipeline
     plan: Plan
     path: Path
-    record: dict[str, Any]
+    record: Record
 
 
-def _run(program: str, mode: str, argv: list[str] | None) -> int:
+def _run(mode: str, argv: list[str] | None) -> int:
+    names, called = PROGRAMS[mode], Path(sys.argv[0]).name
+    program = called if called in names else names[0]
+    old = _handle_signals(_stop)
     try:
         job = _prepare(program, mode, sys.argv[1:] if argv is None else argv)
         return job if isinstance(job, int) else _render(job)
-    except KeyboardInterrupt:
-        _say(program, "interrupted")
-        return 130
+    except KeyboardInterrupt as error:
+        return _interrupted(program, error)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _handle_signals(handler: Any) -> dict[int, Any]:
+    """Set the handler of SIGTERM and SIGHUP unless they are ignored, as under nohup; those that were."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
+def _stop(number: int, _frame: object) -> None:
+    _handle_signals(signal.SIG_IGN)  # the second shall not disturb the first's cleaning up
+    raise _Stopped(number)
+
+
+def _interrupted(program: str, error: KeyboardInterrupt) -> int:
+    number = error.args[0] if isinstance(error, _Stopped) else signal.SIGINT
+    _say(program, "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}")
+    return 128 + number
 
 
 def _prepare(program: str, mode: str, argv: list[str]) -> _Job | int:
     """All that can be refused, the quick before the slow: flags, request, output, model, plan."""
     try:
         args = parser(program, mode).parse(argv)
-        _check_usp(args)
+        check_usp(args)
         request = Request(**request_values(args))
         _check_output(args)
-        _choose_device(args)
+        args.device = device_name(args.device)
+        args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
         return _open(program, mode, args, request)
     except (ValueError, OSError) as error:
         _say(program, f"error: {_one_line(error)}")
@@ -90,14 +123,17 @@ def _open(program: str, mode: str, args: argparse.Namespace, request: Request) -
         plan = pipe.plan(_enhanced(request, original, args.device, plan.settings.seed))
     settings = plan.settings
     for note in settings.notes:
-        _say(program, f"note: {_with_flag(note)}")
+        _say(program, f"note: {with_flags(note)}")
     print(plan.describe(), flush=True)
 
     name = output_path(args.outdir, settings.prompt, settings.seed, datetime.datetime.now())
     record = describe_run(program, args, settings)
     if args.prompt_enhancer:
         record["original_prompt"] = original
-    return _Job(program, pipe, plan, Path(args.output) if args.output else name, record)
+    path = Path(args.output) if args.output else name
+    job = _Job(program, pipe, plan, path, Record(path, record))
+    job.record.begin()
+    return job
 
 
 def _render(job: _Job) -> int:
@@ -118,30 +154,35 @@ def _render(job: _Job) -> int:
         progress.close()
         code = _explain(job.program, settings.mode, error)
     progress.close()
-    job.record["timings_s"] = dict(result.timings if result else {}) | {"total": time.monotonic() - start}
-    return _finish(job, writer, code)
+    timings = dict(result.timings if result else {}) | {"total": time.monotonic() - start}
+    _handle_signals(signal.SIG_IGN)
+    return _finish(job, writer, code, timings)
 
 
-def _finish(job: _Job, writer: VideoWriter | None, code: int) -> int:
-    """Close the file, write the record beside it, say where it is."""
+def _finish(job: _Job, writer: VideoWriter | None, code: int, timings: dict[str, float]) -> int:
+    """Close the file, write the record beside it, say where it is and how much of it can be played."""
+    from .media import playable_frames
+
     if writer is None:
         _say(job.program, "no frame was rendered, no file written")
+        with contextlib.suppress(OSError):
+            job.record.withdraw()
         return code or 1
     try:
         writer.close()
     except RuntimeError as error:
         _say(job.program, f"error: {_one_line(error)}")
         code = code or 1
-    complete = code == 0 and writer.frames == job.plan.frames
-    job.record = {"complete": complete, "video": job.path.name, "frames": writer.frames, **job.record}
+    # What ffmpeg was given need not have reached the file. Never more, should an older file have withstood.
+    frames = min(writer.frames, playable_frames(job.path)) if code else writer.frames
     try:
-        write_json(job.path.with_suffix(".json"), job.record)
+        job.record.write(code == 0 and frames == job.plan.frames, frames, timings_s=timings)
     except OSError as error:
         _say(job.program, f"the settings could not be saved beside the video: {_one_line(error)}")
     if code:
-        _say(job.program, f"{writer.frames} of {job.plan.frames} frames are saved in {job.path}")
+        _say(job.program, f"{frames} of {job.plan.frames} frames can be played in {job.path}")
     else:
-        print(f"{job.path} ({writer.frames} frames, {job.record['timings_s']['total']:.1f} s)", flush=True)
+        print(f"{job.path} ({frames} frames, {timings['total']:.1f} s)", flush=True)
     return code
 
 
@@ -153,8 +194,7 @@ def _explain(program: str, mode: str, error: BaseException) -> int:
     from .media import VideoError
 
     if isinstance(error, KeyboardInterrupt):
-        _say(program, "interrupted")
-        return 130
+        return _interrupted(program, error)
     if isinstance(error, torch.cuda.OutOfMemoryError):
         wanted = re.search(r"to allocate [\d.]+ \w+", str(error))
         frames = "--base_num_frames" if mode == "df" else "--num_frames"
@@ -176,17 +216,6 @@ def _enhanced(request: Request, prompt: str, device: str, seed: int) -> Request:
     return dataclasses.replace(request, prompt=better, seed=seed)
 
 
-def _check_usp(args: argparse.Namespace) -> None:
-    if not args.use_usp:
-        return
-    if args.seed is None:
-        raise UsageError("--use_usp needs --seed: all GPUs must start from the same noise")
-    if args.prompt_enhancer:
-        raise UsageError("--use_usp and --prompt_enhancer exclude each other: enhance the prompt beforehand with "
-                         "python -m skyreels_fast.enhance")  # fmt: skip
-    raise UsageError("--use_usp needs several GPUs, which this version does not support yet; run without it")
-
-
 def _check_output(args: argparse.Namespace) -> None:
     """Find out now, not after hours, whether a video can be encoded and saved. Raises ValueError."""
     from .media import VideoError, check_encoder, check_writable
@@ -199,37 +228,21 @@ def _check_output(args: argparse.Namespace) -> None:
             source = getattr(args, flag, None)
             if source and output.exists() and output.samefile(source):
                 raise UsageError(f"--output {args.output!r}: is the input of --{flag}; choose another name")
-    check_writable(args.output or Path("result") / args.outdir / "video.mp4")
+        check_writable(output, make=False)
+    else:
+        try:
+            check_writable(Path("result") / args.outdir / "video.mp4", make=False)
+        except ValueError as error:
+            raise UsageError(f"--outdir {args.outdir!r}: {error}") from None
     try:
         check_encoder()
     except VideoError as error:
         raise UsageError(str(error)) from None
 
 
-def _choose_device(args: argparse.Namespace) -> None:
-    """Fill in --device and --dtype. Raises UsageError for a device that is not there."""
-    import torch
-
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
-        raise UsageError(f"--device {args.device!r}: must be cuda, cuda:N or cpu")
-    index = int(args.device.partition(":")[2] or 0)
-    if args.device != "cpu" and index >= torch.cuda.device_count():
-        raise UsageError(f"--device {args.device!r}: PyTorch finds {torch.cuda.device_count()} CUDA devices here; "
-                         "run with --device cpu or another one")  # fmt: skip
-    args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
-
-
-def _with_flag(message: str) -> str:
-    """A message about a field (`video='x.mp4': ...`) as one about its flag (`--video_path 'x.mp4': ...`)."""
-    found = re.match(r"(\w+)(=|(?=: ))", message)
-    if not found or found[1] not in FIELDS:
-        return message
-    return f"--{FIELDS[found[1]]}{' ' if found[2] else ''}{message[found.end() :]}"
-
-
 def _one_line(error: BaseException) -> str:
-    return _with_flag(" ".join(str(error).split()) or type(error).__name__)
+    text = " ".join(str(error).split()) or type(error).__name__
+    return with_flags(text) if isinstance(error, ValueError) and not isinstance(error, UsageError) else text
 
 
 def _say(program: str, text: str) -> None:

@@ -38,11 +38,11 @@ class Conditions:
                     f"{config.text_len}"
                 )
         if settings.context is None or (guided and settings.negative_context is None):
-            self.checkpoint.require("text_encoder")
+            TextEncoder.check(self.checkpoint)
         if settings.mode != "i2v":
             return
         if settings.clip_features is None:
-            self.checkpoint.require("image_encoder")
+            ImageEncoder.check(self.checkpoint)
         elif tuple(settings.clip_features.shape) != CLIP_TOKENS:
             raise ValueError(f"clip_features: shape {tuple(settings.clip_features.shape)} is not {list(CLIP_TOKENS)}")
 

@@ -53,6 +53,9 @@ TEACACHE_COEFFICIENTS = {
 MODEL_SIZES = {1536: "1.3B", 5120: "14B"}  # by dim
 
 
+_SIZES = ("in_dim", "dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim", "out_dim", "text_len")
+
+
 @dataclass(frozen=True)
 class TransformerConfig:
     """A checkpoint's `config.json`: the shape of its DiT."""
@@ -77,11 +80,18 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         if self.model_type not in ("t2v", "i2v"):
             raise ValueError(f"config.json: model_type {self.model_type!r} is not one of 't2v', 'i2v'")
+        for name in _SIZES:
+            require_size(name, getattr(self, name))
+        if self.freq_dim % 2:
+            raise ValueError(f"config.json: freq_dim {self.freq_dim} is not even")
+        is_number = isinstance(self.eps, (int, float)) and not isinstance(self.eps, bool)
+        if not is_number or not 0 < self.eps < math.inf:
+            raise ValueError(f"config.json: eps {self.eps!r:.80} is not a number above 0")
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise ValueError(f"config.json: dim {self.dim} does not split into {self.num_heads} heads of even size")
-        if tuple(self.patch_size) != (1, 2, 2):
+        if self.patch_size != (1, 2, 2):
             raise ValueError(f"config.json: patch_size {self.patch_size} is not supported, only (1, 2, 2)")
-        if tuple(self.window_size) != (-1, -1):
+        if self.window_size != (-1, -1):
             raise ValueError(f"config.json: window_size {self.window_size} is not supported, only (-1, -1)")
         if not self.qk_norm or not self.cross_attn_norm:
             raise ValueError("config.json: models without qk_norm or cross_attn_norm are not supported")
@@ -102,7 +112,7 @@ class TransformerConfig:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
         kept = {name: values[name] for name in known if name in values}
         for name in ("patch_size", "window_size"):
-            if name in kept:
+            if isinstance(kept.get(name), list):
                 kept[name] = tuple(kept[name])
         return cls(**kept)
 
@@ -112,3 +122,9 @@ class TransformerConfig:
         if key and self.model_type == "i2v":
             key = min(RESOLUTIONS, key=lambda name: abs(math.prod(RESOLUTIONS[name]) - height * width))
         return TEACACHE_COEFFICIENTS.get((self.model_type, use_ret_steps, key))
+
+
+def require_size(name: str, value: object) -> None:
+    """Raises ValueError where a size in config.json is not a whole number from 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"config.json: {name} {value!r:.80} is not a whole number from 1")

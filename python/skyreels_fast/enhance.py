@@ -6,6 +6,9 @@ import argparse
 import gc
 import sys
 from pathlib import Path
+from typing import NoReturn
+
+from ._values import UsageError, device_name
 
 MODEL_ID = "Qwen/Qwen2.5-32B-Instruct"
 MAX_NEW_TOKENS = 2048
@@ -40,8 +43,10 @@ def enhance(
 
     Returns one line; the prompt itself should the model answer nothing.
 
-    Raises ValueError: the model cannot be had, is none to chat with, or does not fit into memory.
+    Raises ValueError: there is no such device; the model cannot be had, is none to chat with, or does not fit into
+    memory.
     """
+    device = device_name(device)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
 
@@ -52,7 +57,7 @@ def enhance(
         model = AutoModelForCausalLM.from_pretrained(model_id, **{named: "auto"}).to(device).eval()
     except torch.cuda.OutOfMemoryError:
         raise ValueError(_TOO_BIG.format(model_id)) from None
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # damaged files and foreign models fail in many ways
         said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"the prompt enhancer's model {model_id} cannot be loaded: {said}") from None
     try:
@@ -76,24 +81,26 @@ def enhance(
     return " ".join(answer.split()) or prompt
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Print the original and the enhanced prompt; 2 if the model cannot be had."""
-    parser = argparse.ArgumentParser(prog="python -m skyreels_fast.enhance", description=__doc__)
+    """Print the original and the enhanced prompt; 2 if a flag is wrong or the model cannot be had."""
+    parser = _Parser(prog="python -m skyreels_fast.enhance", description=__doc__)
     parser.add_argument("--prompt", required=True, help="the idea, in any language")
     parser.add_argument("--model", default=MODEL_ID, help="directory or Hugging Face id (default: %(default)s)")
     parser.add_argument("--device", help="cuda, cuda:N or cpu (default: cuda where there is one)")
     parser.add_argument("--max_new_tokens", type=int, default=MAX_NEW_TOKENS, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, help="gives the same answer again (default: another one each time)")
-    args = parser.parse_args(argv)
-    if args.max_new_tokens < 1:
-        parser.error(f"argument --max_new_tokens: {args.max_new_tokens} is not 1 or more")
-    import torch
-
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        better = enhance(args.prompt, args.model, device, args.max_new_tokens, args.seed)
+        args = parser.parse_args(argv)
+        if args.max_new_tokens < 1:
+            raise UsageError(f"argument --max_new_tokens: {args.max_new_tokens} is not 1 or more")
+        better = enhance(args.prompt, args.model, device_name(args.device), args.max_new_tokens, args.seed)
     except ValueError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(f"original prompt: {args.prompt}")
     print(f"enhanced prompt: {better}")

@@ -31,6 +31,7 @@ __all__ = [
     "from_uint8",
     "load_image",
     "output_path",
+    "playable_frames",
     "to_uint8",
 ]
 
@@ -123,6 +124,17 @@ class VideoSource:
             raise ValueError(f"{self._path}: {error}") from None
 
 
+def playable_frames(path: str | os.PathLike) -> int:
+    """How many frames of a video file can be decoded; 0 where it is missing or no video."""
+    count = 0
+    try:
+        for _ in VideoSource(path):
+            count += 1
+    except (ValueError, RuntimeError, OSError):
+        pass
+    return count
+
+
 def output_path(outdir: str | os.PathLike, prompt: str, seed: int, now: datetime.datetime) -> Path:
     """result/<outdir>/<prompt>_<seed>_<date>_<time>.mp4, a name that no file has yet, of 255 bytes at most.
 
@@ -139,20 +151,35 @@ def output_path(outdir: str | os.PathLike, prompt: str, seed: int, now: datetime
     )
 
 
-def check_writable(path: str | os.PathLike) -> None:
-    """Make the folders of a file to be written and try writing there. ValueError if that cannot be."""
+def check_writable(path: str | os.PathLike, make: bool = True) -> None:
+    """Make the folders of a file to be written and try writing there. ValueError if that cannot be.
+
+    make: False leaves nothing behind, and tries the folder in which the missing ones are to be made.
+    """
     path = Path(path)
     try:
         if path.is_dir():
             raise ValueError(f"cannot write {path}: it is a folder; name a file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
+        if _exists(path):
             with open(path, "r+b"):
                 return
-        with tempfile.TemporaryFile(dir=path.parent):
+        nearest = next(folder for folder in path.parents if _exists(folder))
+        if not nearest.is_dir():
+            raise ValueError(f"cannot write {path}: {nearest} is a file, not a folder; choose another place")
+        if make:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent if make else nearest):
             return
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror or error}; choose another place") from None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _fit(image: Image.Image, height: int, width: int) -> Image.Image:

@@ -93,7 +93,6 @@ class Request:
             source = probe_video("video", self.video, self.overlap_history)
         object.__setattr__(self, "source", source)
 
-
     @property
     def asks_diffusion_forcing(self) -> bool:
         """Whether it holds what a text-to-video model has no use for: a first image, or a field about windows."""

@@ -225,7 +225,14 @@ class VAE(nn.Module):
 
     @staticmethod
     def base_dim_of(weights: dict[str, Tensor]) -> int:
-        return weights["encoder.conv1.weight"].shape[0]
+        """The base_dim of a checkpoint's tensors. Raises ValueError where they are not a Wan VAE's."""
+        name = "encoder.conv1.weight"
+        if name not in weights:
+            raise ValueError(f"the VAE's file is not a Wan VAE: {name} is missing")
+        shape = tuple(weights[name].shape)
+        if len(shape) != 5 or 0 in shape:
+            raise ValueError(f"the VAE's file is not a Wan VAE: {name} has shape {shape}, not (base_dim, 3, 3, 3, 3)")
+        return shape[0]
 
     def encode_moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the posterior, not normalised, of a whole video [B, 3, 4n+1, H, W] in [−1, 1]."""

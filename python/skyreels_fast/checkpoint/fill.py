@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,14 @@ Parts = Mapping[str, tuple[str, ...]]
 _NAMED = 4  # names an error message lists before it counts
 
 
-def check(module: nn.Module, sources: Mapping[str, Tensor], parts: Parts | None = None, *, what: str) -> None:
+def check(
+    module: nn.Module,
+    sources: Mapping[str, Tensor],
+    parts: Parts | None = None,
+    *,
+    what: str,
+    shown: Callable[[str], str] = str,
+) -> None:
     """Compare names and shapes, reading no data.
 
     Args:
@@ -22,6 +29,7 @@ def check(module: nn.Module, sources: Mapping[str, Tensor], parts: Parts | None 
         parts: parameter name → names of the tensors that make it up, one below the other along dim 0;
             None where both are named alike.
         what: begins the error message.
+        shown: a name in `sources` → what the message calls it.
 
     Raises:
         CheckpointError: tensors are missing, left over or misshapen.
@@ -31,11 +39,11 @@ def check(module: nn.Module, sources: Mapping[str, Tensor], parts: Parts | None 
     needed = {name for names in parts.values() for name in names}
     complaints = []
     if missing := [name for name in needed if name not in sources]:
-        complaints.append(f"missing {_listed(missing)}")
+        complaints.append(f"missing {_listed(map(shown, missing))}")
     if unknown := sources.keys() - needed:
-        complaints.append(f"unknown {_listed(unknown)}")
+        complaints.append(f"unknown {_listed(map(shown, unknown))}")
     misfits = [
-        f"{' + '.join(names)} {_shapes(sources, names)} in place of {tuple(parameters[target].shape)}"
+        f"{' + '.join(map(shown, names))} {_shapes(sources, names)} in place of {tuple(parameters[target].shape)}"
         for target, names in parts.items()
         if all(name in sources for name in names) and not _fits(parameters[target], [sources[n] for n in names])
     ]
@@ -54,13 +62,14 @@ def fill(
     device: torch.device | str,
     dtype: torch.dtype,
     what: str,
+    shown: Callable[[str], str] = str,
 ) -> None:
     """Give every parameter of `module` its data, on `device` in `dtype`; see `check` for the arguments and errors.
 
     Data is copied at most once. On the CPU a tensor of the same dtype becomes the parameter as it is, still mapped
     to its file. Buffers must not be on the meta device; they move to `device` too.
     """
-    check(module, sources, parts, what=what)
+    check(module, sources, parts, what=what, shown=shown)
     device = torch.device(device)
     for target, parameter in list(module.named_parameters()):
         names = parts[target] if parts else (target,)
@@ -91,6 +100,6 @@ def _shapes(sources: Mapping[str, Tensor], names: Iterable[str]) -> str:
 
 
 def _listed(names: Iterable[str]) -> str:
-    names = sorted(names)
+    names = sorted(set(names))
     rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + rest

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -11,11 +12,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..config import LATENTS_MEAN, LATENTS_STD, TransformerConfig
+from ..config import LATENT_CHANNELS, LATENTS_MEAN, LATENTS_STD, TransformerConfig
 from .fill import check, fill
 from .locate import locate
 from .renames import publish, transformer_name, transformer_settings, vae_name
-from .weights import CheckpointError, read_json, read_weights, weight_files
+from .weights import CheckpointError, one_line, read_json, read_weights, weight_files
 
 MODES = ("df", "t2v", "i2v")
 # Each part beside the transformer: its file in the published layout; in diffusers' it is the folder of its name.
@@ -31,6 +32,8 @@ class Encoder(Protocol):
     """A module that knows under which of its own names a checkpoint's tensors go."""
 
     def renamed(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+
+    def name_in_checkpoint(self, name: str) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Checkpoint:
             settings = transformer_settings(values) if "num_attention_heads" in values else values
             config = TransformerConfig.from_dict(settings)
         except (ValueError, TypeError, ArithmeticError) as error:
-            raise CheckpointError(f"{config_file}: {error}") from error
+            raise CheckpointError(f"{config_file}: {str(error).removeprefix('config.json: ')}") from error
         return cls(root, name, config, read_json(root / "generation_config.json"))
 
     def resolution_hint(self) -> str:
@@ -127,9 +130,18 @@ class Checkpoint:
         return publish(weights, vae_name) if "encoder.conv_in.weight" in weights else weights
 
     def vae_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of each latent channel: from vae_config.json or vae/config.json, or Wan 2.1's."""
-        settings = self._settings("vae")
-        return tuple(settings.get("latents_mean", LATENTS_MEAN)), tuple(settings.get("latents_std", LATENTS_STD))
+        """Mean and standard deviation of each latent channel: from vae_config.json or vae/config.json, or Wan 2.1's.
+
+        Raises CheckpointError where they are not 16 finite numbers each, or a deviation is not above 0.
+        """
+        file, settings = self._settings_file("vae"), self._settings("vae")
+        mean, std = settings.get("latents_mean", LATENTS_MEAN), settings.get("latents_std", LATENTS_STD)
+        for name, values, is_right in (("latents_mean", mean, _is_finite), ("latents_std", std, _is_positive)):
+            is_list = isinstance(values, (list, tuple)) and len(values) == LATENT_CHANNELS
+            if not is_list or not all(map(is_right, values)):
+                above = " above 0" if name == "latents_std" else ""
+                raise CheckpointError(f"{file}: {name} is not a list of {LATENT_CHANNELS} finite numbers{above}")
+        return tuple(mean), tuple(std)
 
     def check_vae(self, vae: nn.Module) -> None:
         """As `check_transformer`, of the VAE."""
@@ -154,15 +166,36 @@ class Checkpoint:
                 return self.root / name
         raise CheckpointError(f"{self.root} lacks {_TOKENIZERS[0]}/tokenizer.json (or {_TOKENIZERS[1]}/)")
 
+    def check_encoder(self, part: str, make: Callable[[dict[str, Tensor], dict], Encoder]) -> None:
+        """Compare the names and shapes of an encoder's tensors with those it needs; reads no data.
+
+        Args:
+            part: "text_encoder" or "image_encoder".
+            make: (tensors, settings) → the encoder on the meta device; whatever it raises is what is wrong with them.
+
+        Raises:
+            CheckpointError: one line with the tensors that are missing, unknown or misshapen, or with what `make` said.
+        """
+        what = self._label(part.replace("_", " "))
+        weights, settings = self._part(part)
+        try:
+            encoder = make(weights, settings)
+            sources = encoder.renamed(weights)
+        except Exception as error:  # the libraries beneath raise what they like at odd shapes and settings
+            raise CheckpointError(f"{what}: {one_line(error)}") from error
+        check(encoder, sources, what=what, shown=encoder.name_in_checkpoint)
+
     def load_text_encoder(self, encoder: Encoder, device: torch.device | str, dtype: torch.dtype) -> None:
         """Give `encoder`, made from `text_weights`, its weights. Raises CheckpointError where they do not fit."""
-        sources = encoder.renamed(self.text_weights()[0])
-        fill(encoder, sources, device=device, dtype=dtype, what=self._label("text encoder"))
+        self._load_encoder(encoder, "text_encoder", device, dtype)
 
     def load_image_encoder(self, encoder: Encoder, device: torch.device | str, dtype: torch.dtype) -> None:
         """Give `encoder`, made from `image_weights`, its weights. Raises CheckpointError where they do not fit."""
-        sources = encoder.renamed(self.image_weights()[0])
-        fill(encoder, sources, device=device, dtype=dtype, what=self._label("image encoder"))
+        self._load_encoder(encoder, "image_encoder", device, dtype)
+
+    def _load_encoder(self, encoder: Encoder, part: str, device: torch.device | str, dtype: torch.dtype) -> None:
+        sources, what = encoder.renamed(self._part(part)[0]), self._label(part.replace("_", " "))
+        fill(encoder, sources, device=device, dtype=dtype, what=what, shown=encoder.name_in_checkpoint)
 
     def _label(self, part: str) -> str:
         return f"{part} of {self.name}"
@@ -176,9 +209,12 @@ class Checkpoint:
         return [file] if file.is_file() else weight_files(self.root / part)
 
     def _settings(self, part: str) -> dict:
+        return read_json(self._settings_file(part))
+
+    def _settings_file(self, part: str) -> Path:
         """A part's own config.json in diffusers' layout; beside a published file, an optional PART_config.json."""
         is_published = (self.root / _PUBLISHED[part]).is_file()
-        return read_json(self.root / f"{part}_config.json" if is_published else self.root / part / "config.json")
+        return self.root / f"{part}_config.json" if is_published else self.root / part / "config.json"
 
     def _lacking(self, part: str) -> list[str]:
         lacking = [] if self._files(part) else [f"{_PUBLISHED[part]} (or {part}/)"]
@@ -190,6 +226,14 @@ class Checkpoint:
 def _transformer_directory(root: Path) -> Path:
     inner = root / "transformer"
     return inner if (inner / "config.json").is_file() else root
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
+
+
+def _is_positive(value: object) -> bool:
+    return _is_finite(value) and value > 0
 
 
 def _has_word(name: str, word: str) -> bool:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from ..config import require_size
+
 _TRANSFORMER = {
     "condition_embedder.time_embedder.linear_1": "time_embedding.0",
     "condition_embedder.time_embedder.linear_2": "time_embedding.2",
@@ -106,11 +108,14 @@ def transformer_settings(values: Mapping) -> dict:
     """diffusers' transformer/config.json as the published config.json has it; values not renamed stay as they are."""
     is_i2v = values.get("image_dim") is not None or values.get("added_kv_proj_dim") is not None
     in_dim = values.get("in_channels", 16)
+    heads, head_dim = values["num_attention_heads"], values.get("attention_head_dim", 128)
+    require_size("num_attention_heads", heads)
+    require_size("attention_head_dim", head_dim)
     return {
         **values,
         "model_type": "i2v" if is_i2v else "t2v",
-        "dim": values["num_attention_heads"] * values.get("attention_head_dim", 128),
-        "num_heads": values["num_attention_heads"],
+        "dim": heads * head_dim,
+        "num_heads": heads,
         "in_dim": in_dim,
         "out_dim": values.get("out_channels") or in_dim,
         "qk_norm": values.get("qk_norm", True) in (True, "rms_norm_across_heads"),

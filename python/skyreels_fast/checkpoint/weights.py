@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,7 +29,7 @@ def read_json(file: Path) -> dict:
         return {}
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not readable JSON ({error})") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{file} holds no JSON object")
@@ -78,6 +78,9 @@ def _index_shards(index: Path) -> list[str]:
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise CheckpointError(f"{index} holds no weight_map")
+    for name, shard in shards.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise CheckpointError(f"{index}: weight_map: {name}: {shard!r:.80} is not the name of a file beside it")
     return sorted(set(shards.values()))
 
 
@@ -102,16 +105,35 @@ def read_weights(files: Iterable[Path]) -> dict[str, Tensor]:
     return weights
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, as far as its first line goes; what it is where it says nothing."""
+    line = str(error).strip().split("\n", 1)[0]
+    return line if line and not isinstance(error, KeyError) else f"{type(error).__name__} {line}".strip()
+
+
 def _read(file: Path) -> dict[str, Tensor]:
+    if file.suffix != ".safetensors":
+        return _read_pth(file)
     try:
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as opened:
-                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read, download it again ({one_line(error)})") from error
+
+
+def _read_pth(file: Path) -> dict[str, Tensor]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # guesses at a damaged file, which is refused anyway
+            # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read, download it again ({one_line(error)})") from error
+    except Exception as error:  # a pickle of anything raises anything; torch's own words advise to run its code
+        reason = "it is damaged, or holds more than plain tensors"
         raise CheckpointError(f"{file} cannot be read, download it again ({reason})") from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
+    ):
         raise CheckpointError(f"{file} holds something else than named tensors")
     return dict(tensors)

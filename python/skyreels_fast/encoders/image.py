@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -21,6 +21,7 @@ IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _HEAD_DIM = 80  # of ViT-H/14: 1280 in 16 heads. Weights do not tell the number of heads.
+_TOKENS, _WIDTH = 257, 1280  # what the image-to-video transformers take
 _PUBLISHED = {
     "visual.patch_embedding": "model.embeddings.patch_embedding",
     "visual.pre_norm": "model.pre_layrnorm",
@@ -30,6 +31,13 @@ _PUBLISHED = {
     "mlp.0": "mlp.fc1",
     "mlp.2": "mlp.fc2",
 }
+_OWN = {ours.removeprefix("model."): published for published, ours in _PUBLISHED.items()} | {
+    f"self_attn.{part}_proj": "attn.to_qkv" for part in "qkv"
+}
+_EMBEDDINGS = {
+    "model.embeddings.class_embedding": "visual.cls_embedding",
+    "model.embeddings.position_embedding.weight": "visual.pos_embedding",
+}
 # What a checkpoint may hold and no image token needs: CLIP's text side, and all that follows the tokens taken.
 _UNUSED = re.compile(
     r"textual\..*|log_scale|visual\.head|visual\.post_norm\..*|"
@@ -38,11 +46,13 @@ _UNUSED = re.compile(
 
 
 class Checkpoint(Protocol):
-    """What `ImageEncoder.load` needs of a checkpoint."""
+    """What `ImageEncoder.load` and `ImageEncoder.check` need of a checkpoint."""
 
     def image_weights(self) -> tuple[dict[str, Tensor], dict]: ...
 
     def load_image_encoder(self, encoder: ImageEncoder, device: torch.device | str, dtype: torch.dtype) -> None: ...
+
+    def check_encoder(self, part: str, make: Callable[[dict[str, Tensor], dict], ImageEncoder]) -> None: ...
 
 
 class ImageEncoder(nn.Module):
@@ -62,7 +72,8 @@ class ImageEncoder(nn.Module):
         self, weights: Mapping[str, Tensor], settings: Mapping | None = None, *, num_heads: int | None = None
     ) -> None:
         super().__init__()
-        config = _config(self.renamed(weights), settings or {}, num_heads)
+        self._is_published = _is_published(weights)
+        config = _config(self.renamed(weights), settings or {}, num_heads, self.name_in_checkpoint)
         with torch.device("meta"):
             model = CLIPVisionModel(config).eval()
         self.model = getattr(model, "vision_model", model)  # transformers 4 wraps the tower
@@ -77,6 +88,36 @@ class ImageEncoder(nn.Module):
         checkpoint.load_image_encoder(encoder, device, dtype)
         return encoder
 
+    @classmethod
+    def check(cls, checkpoint: Checkpoint) -> None:
+        """Find what is wrong with a checkpoint's image encoder from headers alone, loading nothing.
+
+        Raises ValueError, in one line, where tensors are missing, unknown or misshapen, or where it does not give the
+        257 tokens of 1280 that the transformers take.
+        """
+
+        def make(weights: dict[str, Tensor], settings: dict) -> ImageEncoder:
+            encoder = cls(weights, settings)
+            tokens, width = encoder.model.embeddings.position_embedding.weight.shape
+            if (tokens, width) != (_TOKENS, _WIDTH):
+                raise ValueError(
+                    f"it gives {tokens} tokens of {width}, the transformer takes {_TOKENS} tokens of {_WIDTH}"
+                )
+            return encoder
+
+        checkpoint.check_encoder("image_encoder", make)
+
+    def name_in_checkpoint(self, name: str) -> str:
+        """A name as `renamed` gives it → the name in the checkpoint; of q, k, v in one tensor, that of the whole."""
+        if not self._is_published:
+            return name.removeprefix("model.")
+        if name in _EMBEDDINGS:
+            return _EMBEDDINGS[name]
+        block = re.fullmatch(r"model\.encoder\.layers\.(\d+)\.(.+)", name)
+        prefix, rest = (f"visual.transformer.{block[1]}.", block[2]) if block else ("", name.removeprefix("model."))
+        module, _, leaf = rest.rpartition(".")
+        return f"{prefix}{_OWN[module]}.{leaf}" if module in _OWN else name
+
     @property
     def image_size(self) -> int:
         """Height and width of what the tower sees, in pixels."""
@@ -88,7 +129,7 @@ class ImageEncoder(nn.Module):
 
         Left out are those of no use: CLIP's text side, the last block, what follows it.
         """
-        is_published = "visual.patch_embedding.weight" in weights
+        is_published = _is_published(weights)
         renamed: dict[str, Tensor] = {}
         for name, tensor in weights.items():
             if not _UNUSED.fullmatch(name):
@@ -108,6 +149,11 @@ class ImageEncoder(nn.Module):
         mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
         pixels = ((pixels + 1) / 2 - mean) / std
         return self.model(pixel_values=pixels.to(weight.dtype)).last_hidden_state
+
+
+def _is_published(weights: Mapping[str, Tensor]) -> bool:
+    theirs = "embeddings.patch_embedding.weight"
+    return not any(name in weights for name in (theirs, f"vision_model.{theirs}"))
 
 
 def _from_published(name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -135,13 +181,20 @@ def _blocks(weights: Mapping[str, Tensor]) -> int:
     return 1 + max((int(block[1]) for block in found if block), default=-1)
 
 
-def _config(weights: Mapping[str, Tensor], settings: Mapping, num_heads: int | None) -> CLIPVisionConfig:
-    try:
-        dim, _, patch, _ = weights["model.embeddings.patch_embedding.weight"].shape
-        positions = len(weights["model.embeddings.position_embedding.weight"])
-        ffn_dim = len(weights["model.encoder.layers.0.mlp.fc1.weight"])
-    except KeyError as error:
-        raise ValueError(f"these are not the weights of a CLIP image tower: {error} is missing") from None
+def _config(
+    weights: Mapping[str, Tensor], settings: Mapping, num_heads: int | None, shown: Callable[[str], str]
+) -> CLIPVisionConfig:
+    def sizes(name: str, dimensions: int) -> tuple[int, ...]:
+        if name not in weights:
+            raise ValueError(f"these are not the weights of a CLIP image tower: {shown(name)} is missing")
+        shape = tuple(weights[name].shape)
+        if len(shape) != dimensions or 0 in shape:
+            raise ValueError(f"these are not the weights of a CLIP image tower: {shown(name)} has shape {shape}")
+        return shape
+
+    dim, _, patch, _ = sizes("model.embeddings.patch_embedding.weight", 4)
+    positions, _ = sizes("model.embeddings.position_embedding.weight", 2)
+    ffn_dim, _ = sizes("model.encoder.layers.0.mlp.fc1.weight", 2)
     heads = num_heads or settings.get("num_attention_heads")
     if heads is None and dim % _HEAD_DIM:
         raise ValueError(f"how many heads an image encoder of dim {dim} has is unknown: give num_attention_heads")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -22,7 +22,7 @@ from ..config import TransformerConfig
 
 
 class Checkpoint(Protocol):
-    """What `TextEncoder.load` needs of a checkpoint."""
+    """What `TextEncoder.load` and `TextEncoder.check` need of a checkpoint."""
 
     config: TransformerConfig
 
@@ -31,6 +31,8 @@ class Checkpoint(Protocol):
     def tokenizer_path(self) -> Path: ...
 
     def load_text_encoder(self, encoder: TextEncoder, device: torch.device | str, dtype: torch.dtype) -> None: ...
+
+    def check_encoder(self, part: str, make: Callable[[dict[str, Tensor], dict], TextEncoder]) -> None: ...
 
 
 _PUBLISHED = {
@@ -47,6 +49,7 @@ _PUBLISHED = {
     "ffn.fc1": "layer.1.DenseReluDense.wi_1",
     "ffn.fc2": "layer.1.DenseReluDense.wo",
 }
+_OWN = {ours: published for published, ours in _PUBLISHED.items()}
 
 
 def clean_prompt(prompt: str) -> str:
@@ -78,7 +81,8 @@ class TextEncoder(nn.Module):
         max_tokens: int = 512,
     ) -> None:
         super().__init__()
-        config = _config(self.renamed(weights), settings or {})
+        self._is_published = _is_published(weights)
+        config = _config(self.renamed(weights), settings or {}, self.name_in_checkpoint)
         with torch.device("meta"):
             # The stack alone: UMT5EncoderModel holds the embedding under two names.
             self.model = UMT5EncoderModel(config).encoder.eval()
@@ -93,10 +97,39 @@ class TextEncoder(nn.Module):
         checkpoint.load_text_encoder(encoder, device, dtype)
         return encoder
 
+    @classmethod
+    def check(cls, checkpoint: Checkpoint) -> None:
+        """Find what is wrong with a checkpoint's text encoder or its tokenizer from headers alone, loading nothing.
+
+        Raises ValueError, in one line, where tensors are missing, unknown or misshapen, the tokenizer cannot be read or
+        has more tokens than the encoder, or the contexts are not text_dim wide.
+        """
+
+        def make(weights: dict[str, Tensor], settings: dict) -> TextEncoder:
+            config = checkpoint.config
+            encoder = cls(weights, settings, tokenizer=checkpoint.tokenizer_path(), max_tokens=config.text_len)
+            rows, width = encoder.model.embed_tokens.weight.shape
+            if width != config.text_dim:
+                raise ValueError(f"its contexts are {width} wide, the transformer's text_dim is {config.text_dim}")
+            if (tokens := encoder.tokenizer.get_vocab_size()) > rows:
+                raise ValueError(f"its tokenizer has {tokens} tokens, its token embedding {rows} rows")
+            return encoder
+
+        checkpoint.check_encoder("text_encoder", make)
+
+    def name_in_checkpoint(self, name: str) -> str:
+        """A name as `renamed` gives it → the name in the checkpoint."""
+        if not self._is_published:
+            return "shared.weight" if name == "model.embed_tokens.weight" else re.sub("^model", "encoder", name)
+        block = re.fullmatch(r"model\.block\.(\d+)\.(.+)", name)
+        prefix, rest = (f"blocks.{block[1]}.", block[2]) if block else ("", name.removeprefix("model."))
+        module, _, leaf = rest.rpartition(".")
+        return f"{prefix}{_OWN[module]}.{leaf}" if module in _OWN else name
+
     @staticmethod
     def renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors under this module's parameter names; what is not known keeps its own."""
-        if "token_embedding.weight" in weights:
+        if _is_published(weights):
             return {_from_published(name): tensor for name, tensor in weights.items()}
         # transformers saves the embedding as `shared`, and some versions once more as the encoder's own.
         return {
@@ -126,6 +159,10 @@ class TextEncoder(nn.Module):
         return torch.where(mask.bool().unsqueeze(-1), hidden, 0)
 
 
+def _is_published(weights: Mapping[str, Tensor]) -> bool:
+    return not any(name in weights for name in ("shared.weight", "encoder.embed_tokens.weight"))
+
+
 def _from_published(name: str) -> str:
     block = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
     prefix, rest = (f"model.block.{block[1]}.", block[2]) if block else ("model.", name)
@@ -133,15 +170,23 @@ def _from_published(name: str) -> str:
     return f"{prefix}{_PUBLISHED[module]}.{leaf}" if module in _PUBLISHED else name
 
 
-def _config(weights: Mapping[str, Tensor], settings: Mapping) -> UMT5Config:
+def _config(weights: Mapping[str, Tensor], settings: Mapping, shown: Callable[[str], str]) -> UMT5Config:
+    def sizes(name: str) -> tuple[int, int]:
+        if name not in weights:
+            raise ValueError(f"these are not the weights of a UMT5 encoder: {shown(name)} is missing")
+        shape = tuple(weights[name].shape)
+        if len(shape) != 2 or 0 in shape:
+            raise ValueError(f"these are not the weights of a UMT5 encoder: {shown(name)} has shape {shape}")
+        return shape
+
     first = "model.block.0.layer"
-    try:
-        vocab, dim = weights["model.embed_tokens.weight"].shape
-        buckets, heads = weights[f"{first}.0.SelfAttention.relative_attention_bias.weight"].shape
-        inner = weights[f"{first}.0.SelfAttention.q.weight"].shape[0]
-        ffn_dim = weights[f"{first}.1.DenseReluDense.wi_0.weight"].shape[0]
-    except KeyError as error:
-        raise ValueError(f"these are not the weights of a UMT5 encoder: {error} is missing") from None
+    vocab, dim = sizes("model.embed_tokens.weight")
+    buckets, heads = sizes(f"{first}.0.SelfAttention.relative_attention_bias.weight")
+    inner, _ = sizes(f"{first}.0.SelfAttention.q.weight")
+    ffn_dim, _ = sizes(f"{first}.1.DenseReluDense.wi_0.weight")
+    distance = settings.get("relative_attention_max_distance", 128)
+    if not isinstance(distance, int) or distance < 1:
+        raise ValueError(f"relative_attention_max_distance {str(distance):.80} is not a whole number from 1")
     return UMT5Config(
         vocab_size=vocab,
         d_model=dim,
@@ -150,7 +195,7 @@ def _config(weights: Mapping[str, Tensor], settings: Mapping) -> UMT5Config:
         num_heads=heads,
         num_layers=1 + max(int(block[1]) for name in weights if (block := re.match(r"model\.block\.(\d+)\.", name))),
         relative_attention_num_buckets=buckets,
-        relative_attention_max_distance=settings.get("relative_attention_max_distance", 128),
+        relative_attention_max_distance=distance,
         layer_norm_epsilon=settings.get("layer_norm_epsilon", 1e-6),
         feed_forward_proj="gated-gelu_pytorch_tanh",
         dropout_rate=0.0,
