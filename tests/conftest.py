@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_pipeline import fake, picture  # noqa: F401  (fixtures)
+from kernels import poisoned_memory  # noqa: F401
 from safetensors.torch import load_file
 
 import skyreels_fast as sf

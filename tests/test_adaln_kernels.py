@@ -55,14 +55,6 @@ def inputs(size: tuple[int, int, int, int], dtypes: tuple, device: str) -> dict[
     }
 
 
-@pytest.fixture
-def poisoned_memory():
-    """Every torch.empty comes back full of NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def assert_rounded_once(actual: Tensor, exact: Tensor) -> None:
     """Each element is its exact value but for a rounding, and what float32 loses over a row."""
     error = (actual.double() - exact).abs()

@@ -59,14 +59,6 @@ def draw(size: Size, dtype: torch.dtype, device: str, weight_dtype: torch.dtype 
     return [q, k, *weights.to(weight_dtype or dtype).to(device)]
 
 
-@pytest.fixture
-def poisoned_memory():
-    """Every torch.empty comes back full of NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @on_each_kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @on_each_size

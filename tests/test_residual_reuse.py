@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from kernels import assert_within_twice, run_in_interpreter
 
 from skyreels_fast.ops import _dispatch
 from skyreels_fast.ops.residual_reuse import (
@@ -45,24 +45,6 @@ def pair(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str
     first = torch.randn(shape, generator=generator, dtype=torch.float64)
     second = first + 0.3 * torch.randn(shape, generator=generator, dtype=torch.float64)
     return [tensor.to(dtype).to(device) for tensor in (first, second)]
-
-
-@pytest.fixture
-def poisoned_memory():
-    """Every torch.empty comes back full of NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def assert_within_twice(actual: torch.Tensor, low: torch.Tensor, exact: torch.Tensor) -> None:
-    """`actual` errs at most twice as much as `low`, the formula run in the low dtype, plus a rounding; by row too."""
-    assert actual.dtype == low.dtype
-    rounding, columns = torch.finfo(low.dtype).eps, low.shape[-1] if low.dim() else 1
-    actual, low, exact = (tensor.double().cpu().reshape(-1, columns) for tensor in (actual, low, exact))
-    error, allowed, slack = (actual - exact).abs(), 2 * (low - exact).abs(), rounding * exact.abs()
-    assert error.amax() <= allowed.amax() + slack.amax()
-    assert (error.amax(-1) <= allowed.amax(-1) + slack.amax(-1)).all()
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
@@ -209,14 +191,7 @@ def test_costs():
 @pytest.mark.skipif("triton" in _dispatch.available("cpu"), reason="the tests above run Triton's interpreter")
 def test_triton_kernels_in_the_interpreter():
     """Triton reads TRITON_INTERPRET when a kernel is defined, so the tests above run once more in a fresh process."""
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu-triton", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0 and " passed" in run.stdout, run.stdout + run.stderr
+    run_in_interpreter(__file__)
 
 
 def test_usable_without_triton():

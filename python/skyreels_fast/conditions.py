@@ -17,8 +17,6 @@ from .placement import Placement
 from .request import Settings
 from .vae import VAE
 
-CLIP_TOKENS = (1, 257, 1280)
-
 
 class Conditions:
     """The encoders of one checkpoint: each is loaded when first needed and leaves when it has run."""
@@ -39,12 +37,8 @@ class Conditions:
                 )
         if settings.context is None or (guided and settings.negative_context is None):
             TextEncoder.check(self.checkpoint)
-        if settings.mode != "i2v":
-            return
-        if settings.clip_features is None:
+        if settings.mode == "i2v" and settings.clip_features is None:
             ImageEncoder.check(self.checkpoint)
-        elif tuple(settings.clip_features.shape) != CLIP_TOKENS:
-            raise ValueError(f"clip_features: shape {tuple(settings.clip_features.shape)} is not {list(CLIP_TOKENS)}")
 
     def texts(self, settings: Settings, guided: bool) -> list[Tensor]:
         """The conditional and, if guided, the unconditional context, each [1, n, text_dim]."""

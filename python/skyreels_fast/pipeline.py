@@ -146,7 +146,7 @@ class Pipeline:
                 latents = denoise(
                     dit,
                     self._initial(settings, window, prefix, end, noise),
-                    plan.schedule(window),
+                    plan.schedules[window],
                     plan.sigmas,
                     *contexts,
                     guidance_scale=settings.guidance_scale,

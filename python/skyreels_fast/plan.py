@@ -25,15 +25,20 @@ class Plan:
     def of(cls, settings: Settings, source_frames: int = 0) -> Plan:
         """Raises ValueError where the windows or the schedule do not work out, naming the nearest values that do."""
         plan = cls(settings, _windows(settings), source_frames)
-        _ = plan.calls, plan.sigmas  # made now, so that what cannot be scheduled is refused before anything loads
+        _ = plan.schedules, plan.sigmas  # made now, so that what cannot be scheduled is refused before anything loads
         return plan
 
     @cached_property
     def sigmas(self) -> list[float]:
         return sigma_schedule(self.settings.inference_steps, self.settings.shift)
 
-    def schedule(self, window: Window) -> Schedule:
-        """The timestep of each latent frame at each model call; given frames are held whatever the block."""
+    @cached_property
+    def schedules(self) -> dict[Window, Schedule]:
+        """For each kind of window the timestep of each latent frame at each model call. Windows alike share theirs."""
+        return {window: self._schedule(window) for window in dict.fromkeys(self.windows)}
+
+    def _schedule(self, window: Window) -> Schedule:
+        """Given frames are held whatever the block."""
         settings = self.settings
         timesteps = timestep_schedule(settings.inference_steps, settings.shift)
         matrix = timestep_matrix(
@@ -46,10 +51,10 @@ class Plan:
         )
         return hold(matrix, window.prefix, window.end)
 
-    @cached_property
+    @property
     def calls(self) -> tuple[int, ...]:
         """Schedule rows of each window; each is one model call, two with guidance."""
-        return tuple(len(self.schedule(window).timesteps) for window in self.windows)
+        return tuple(len(self.schedules[window].timesteps) for window in self.windows)
 
     @property
     def guided(self) -> bool:
