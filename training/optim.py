@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
@@ -202,6 +203,20 @@ class Log:
         print("  ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
         if not math.isfinite(row.get("loss", 0.0)):
             raise FloatingPointError(f"the loss is {row['loss']} at step {row['step']}; resume from a checkpoint")
+
+
+def parse_run(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Add what every training run takes from the command line, and parse it."""
+    parser.add_argument("--session_minutes", type=float, default=None, help="stop earlier, to be resumed")
+    parser.add_argument("--steps", type=int, default=10**9, help="stop after so many steps at the latest")
+    parser.add_argument("--resume", type=Path, default=None, help="directory of an earlier session's checkpoint")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=None, help="default: bfloat16 on a GPU")
+    parser.add_argument("--weight_decay", type=float, default=0.01)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    return args
 
 
 def parameters(modules: Iterable[nn.Module]) -> int:

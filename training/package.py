@@ -20,7 +20,7 @@ from skyreels_fast.dit import DiT
 from training.card import model_card
 from training.data import FPS, FRAMES, HEIGHT, WIDTH
 from training.optim import load_shards
-from training.prompts import save_tokenizer
+from training.prompts import save_tokenizer, write_json
 
 ASSETS = Path(__file__).parents[1] / "python" / "skyreels_fast" / "assets" / "tiny"
 PROMPT = "a red circle moving right on a dark blue background"
@@ -78,17 +78,13 @@ def package(vae: Path, df: Path, out: Path, generation: dict, results: Path | No
     for name in (VAE, "vae_config.json"):
         shutil.copyfile(vae / name, out / name)
     save_tokenizer(out / "google" / "umt5-xxl")
-    _write_json(out / "config.json", {"_class_name": "WanModel", **config})
-    _write_json(out / "generation_config.json", generation)
+    write_json(out / "config.json", {"_class_name": "WanModel", **config})
+    write_json(out / "generation_config.json", generation)
     (out / "README.md").write_text(model_card(config, generation, results), encoding="utf-8")
     size = sum((out / name).stat().st_size for name in (MODEL, TEXT, VAE))
     print(f"{out}: {size / 2**20:.1f} MiB of weights")
     if size > LARGEST:
         raise ValueError(f"{size} bytes of weights are more than {LARGEST}: train a smaller model")
-
-
-def _write_json(path: Path, values: dict) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> None:

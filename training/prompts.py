@@ -122,9 +122,10 @@ def save_tokenizer(directory: str | Path) -> None:
         "padding_side": "right",
         "clean_up_tokenization_spaces": False,
     }
-    _write_json(directory / "special_tokens_map.json", special)
-    _write_json(directory / "tokenizer_config.json", config)
+    write_json(directory / "special_tokens_map.json", special)
+    write_json(directory / "tokenizer_config.json", config)
 
 
-def _write_json(path: Path, values: dict) -> None:
+def write_json(path: Path, values: dict) -> None:
+    """Write a model directory's JSON file."""
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

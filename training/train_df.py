@@ -22,7 +22,7 @@ from training.data import FRAMES, HEIGHT, WIDTH
 from training.evaluate import evaluate
 from training.latents import Clips, encode_clips
 from training.noising import Example, make_example
-from training.optim import Clock, Log, Master, parameters
+from training.optim import Clock, Log, Master, parameters, parse_run
 from training.text import TEXT_LEN, build_encoder, encode_text, prompt_ids, unconditional_ids
 from training.train_vae import load_vae
 
@@ -186,11 +186,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vae", type=Path, required=True, help="directory that train_vae wrote")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=10.0, help="of training, sessions together, encoding aside")
-    parser.add_argument("--session_minutes", type=float, default=None, help="stop earlier, to be resumed")
-    parser.add_argument("--steps", type=int, default=10**9, help="stop after so many steps at the latest")
-    parser.add_argument("--resume", type=Path, default=None, help="directory of an earlier session's checkpoint")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=None, help="default: bfloat16 on a GPU")
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--text_dim", type=int, default=128)
@@ -207,7 +202,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--adamw", type=float, default=0.15, help="AdamW's rate for tables and vectors, in units of --lr"
     )
     parser.add_argument("--warm_up", type=int, default=200)
-    parser.add_argument("--weight_decay", type=float, default=0.01)
     parser.add_argument("--ema", type=float, default=0.999)
     parser.add_argument("--compile", action="store_true", help="compile the DiT for whole windows")
     parser.add_argument("--prompts", type=int, default=40, help="of the evaluation")
@@ -218,10 +212,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--overlap", type=int, default=17, help="pixel frames between the windows of long videos")
     parser.add_argument("--log_every", type=int, default=50)
     parser.add_argument("--save_seconds", type=float, default=150.0)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
-    return args
+    return parse_run(parser, argv)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch import Tensor
 from skyreels_fast.config import LATENT_CHANNELS
 from skyreels_fast.vae import VAE
 from training.data import FRAMES, HEIGHT, MAX_START, WIDTH, attribute_table, draw_scenes, render, trajectory
-from training.optim import Clock, Log, Master, parameters
+from training.optim import Clock, Log, Master, parameters, parse_run
 from training.prompts import ALL_SCENES, HELDOUT_SCENES
 from training.whiten import Moments, rewrite
 
@@ -212,12 +212,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=6.0, help="of the whole run, sessions together")
-    parser.add_argument("--session_minutes", type=float, default=None, help="stop earlier, to be resumed")
-    parser.add_argument("--steps", type=int, default=10**9, help="stop after so many steps at the latest")
     parser.add_argument("--whiten", type=Path, default=None, help="no training: whiten the VAE in this directory")
-    parser.add_argument("--resume", type=Path, default=None, help="directory of an earlier session's checkpoint")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=None, help="default: bfloat16 on a GPU")
     parser.add_argument("--base_dim", type=int, default=16)
     parser.add_argument("--batch", type=int, default=8, help="whole clips; other batches take as many pixels")
     parser.add_argument("--frames", type=int, default=17)
@@ -228,7 +223,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=6e-3)
     parser.add_argument("--adamw", type=float, default=0.3, help="AdamW's rate for vectors, in units of --lr")
     parser.add_argument("--warm_up", type=int, default=100)
-    parser.add_argument("--weight_decay", type=float, default=0.01)
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--kl", type=float, default=3e-5, help="weight of the KL divergence per latent value")
     parser.add_argument("--noise", type=float, default=0.04, help="largest input noise")
@@ -237,10 +231,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--statistics", type=int, default=256, help="clips to whiten the latents by")
     parser.add_argument("--log_every", type=int, default=20)
     parser.add_argument("--save_seconds", type=float, default=120.0)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
-    return args
+    return parse_run(parser, argv)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ LATENT_CHANNELS = 16
 # The DiT patches 2x2 latents, so frames come in multiples of 16 pixels.
 PIXEL_MULTIPLE = 16
 
+# Diffusion forcing, text to video, image to video.
+MODES = ("df", "t2v", "i2v")
+
 RESOLUTIONS = {"540P": (544, 960), "720P": (720, 1280)}  # height, width
 
 LATENTS_MEAN = (

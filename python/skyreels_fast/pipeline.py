@@ -12,7 +12,7 @@ from torch import Tensor
 from . import media
 from .checkpoint import Checkpoint
 from .conditions import Conditions, History, image_channels, load_pictures
-from .config import LATENT_CHANNELS, VAE_STRIDE
+from .config import LATENT_CHANNELS, MODES, VAE_STRIDE
 from .dit.model import Context, DiT
 from .placement import Placement
 from .plan import Plan
@@ -22,8 +22,6 @@ from .sampling.teacache import TeaCacheSettings
 from .sampling.windows import Window
 from .stages import Clock, Progress
 from .vae import VAE
-
-MODES = ("df", "t2v", "i2v")
 
 
 @dataclass

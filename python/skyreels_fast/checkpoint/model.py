@@ -12,13 +12,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..config import LATENT_CHANNELS, LATENTS_MEAN, LATENTS_STD, TransformerConfig
+from ..config import LATENT_CHANNELS, LATENTS_MEAN, LATENTS_STD, MODES, TransformerConfig
 from .fill import check, fill
 from .locate import locate
 from .renames import publish, transformer_name, transformer_settings, vae_name
 from .weights import CheckpointError, one_line, read_json, read_weights, weight_files
 
-MODES = ("df", "t2v", "i2v")
 # Each part beside the transformer: its file in the published layout; in diffusers' it is the folder of its name.
 _PUBLISHED = {
     "vae": "Wan2.1_VAE.pth",

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from skyreels_fast.config import VAE_STRIDE
+from skyreels_fast.config import MODES, VAE_STRIDE
 
 _STRIDE = VAE_STRIDE[0]
-_MODES = ("df", "t2v", "i2v")
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,8 @@ def plan_windows(
 
     Raises ValueError, naming the nearest valid value, for a plan that would lose or repeat frames.
     """
-    if mode not in _MODES:
-        raise ValueError(f"mode={mode!r} is not one of {', '.join(map(repr, _MODES))}")
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r} is not one of {', '.join(map(repr, MODES))}")
     if num_frames < 1:
         raise ValueError(f"num_frames={num_frames} is less than one frame; give at least 1")
     total = latent_frames(num_frames)
