@@ -9,7 +9,7 @@ from torch import Tensor
 
 from skyreels_fast import ops
 from skyreels_fast.ops import _attention_backends
-from skyreels_fast.ops.attention import attention_cost, attention_ref, choose_attention
+from skyreels_fast.ops.attention import attention_cost, attention_ref, attention_with_lse, choose_attention
 
 BACKENDS = ("sdpa", "ref")
 # batch, queries, keys, heads, head size
@@ -195,3 +195,14 @@ def test_gpu_falls_back_for_what_the_libraries_do_not_take() -> None:
     assert rel_l2(ops.attention(q, k, v).cpu(), masked(q.cpu(), k.cpu(), v.cpu())) < 1e-5
     with pytest.raises(ValueError, match="takes float16 and bfloat16, not torch.float32; use 'sdpa'"):
         ops.attention(q, k, v, backend="cudnn")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", SIZES)
+def test_log_sum_exp(size: Size, backend: str) -> None:
+    q, k, v = draw(size)
+    out, lse = attention_with_lse(q, k, v, backend=backend)
+    scores = torch.einsum("bqnd,bknd->bnqk", q.double(), k.double()) / q.shape[3] ** 0.5
+    assert lse.dtype == torch.float32 and lse.shape == (q.shape[0], q.shape[2], q.shape[1])
+    assert rel_l2(lse, scores.logsumexp(-1)) < 2e-6
+    assert rel_l2(out, masked(q, k, v)) < 2e-6

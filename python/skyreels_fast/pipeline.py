@@ -13,13 +13,16 @@ from torch import Tensor
 from . import media, ops
 from .checkpoint import Checkpoint
 from .conditions import Conditions, History, image_channels, load_pictures
-from .config import LATENT_CHANNELS, MODES, VAE_STRIDE
+from .config import LATENT_CHANNELS, MODES, PIXEL_MULTIPLE, VAE_STRIDE
 from .dit.model import Context, DiT
+from .parallel import Degrees, Layout, World, choose_layout, require
+from .parallel import Team as Sharing
 from .placement import Placement
 from .plan import Plan
 from .request import Request, Settings, resolve
 from .sampling.denoise import denoise
 from .sampling.teacache import TeaCacheSettings
+from .sampling.team import Alone, Team
 from .sampling.windows import Window
 from .stages import Clock, Progress
 from .vae import VAE
@@ -56,12 +59,15 @@ class Pipeline:
         offload: bool,
         mode: str | None,
         attention: str | None = None,
+        degrees: Degrees | None = None,
     ) -> None:
         self.checkpoint, self.device, self.dtype, self.mode = checkpoint, device, dtype, mode
         self.attention = ops.choose_attention(attention, device, dtype)
-        self._attend = partial(ops.attention, backend=attention)
+        self._backend, self._attend = attention, partial(ops.attention, backend=attention)
         self.placement = Placement(device, offload=offload)
         self.conditions = Conditions(checkpoint, self.placement, dtype)
+        self.degrees = degrees
+        self.world = None if degrees is None else World.join(device)
         self._dit: DiT | None = None
         self._vae: VAE | None = None
 
@@ -74,6 +80,7 @@ class Pipeline:
         offload: bool = False,
         mode: str | None = None,
         attention: str | None = None,
+        degrees: Degrees | None = None,
     ) -> Pipeline:
         """Open a model directory, hub id, or "tiny" (the bundled model); weights are read when first needed.
 
@@ -81,6 +88,8 @@ class Pipeline:
             mode: "df" (diffusion forcing) or "t2v", which an image-to-video model runs as "i2v"; None takes what the
                 model was made for. Where nothing in the directory tells, requests do: "df" where they ask for it.
             attention: the backend of `ops.attention`; None: the fastest that the device has.
+            degrees: several processes render together (`parallel`): every one makes the same pipeline, on a device of
+                its own, and the same calls; the frames come out in rank 0. None: this one renders alone.
 
         Raises:
             ValueError: the directory is unknown or incomplete, a tensor is missing, unknown or misshapen,
@@ -90,12 +99,15 @@ class Pipeline:
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f'device="{device}": PyTorch finds no CUDA device here; give device="cpu"')
         ops.choose_attention(attention, device, dtype)
+        if degrees is not None:
+            require(device)
         checkpoint = Checkpoint.open(path_or_id)
         checkpoint.require("vae")
         with torch.device("meta"):
             checkpoint.check_transformer(DiT(checkpoint.config))
             checkpoint.check_vae(_vae_of(checkpoint))
-        return cls(checkpoint, device, dtype, offload=offload, mode=_mode(checkpoint, mode), attention=attention)
+        options = {"offload": offload, "mode": _mode(checkpoint, mode), "attention": attention, "degrees": degrees}
+        return cls(checkpoint, device, dtype, **options)
 
     def plan(self, request: Request) -> Plan:
         """Fill in the model's defaults and lay out the windows; nothing is loaded. Raises ValueError on bad input."""
@@ -110,7 +122,20 @@ class Pipeline:
         plan = Plan.of(settings, source_frames)
         self.conditions.check(settings, plan.guided)
         self._teacache(settings)
+        self.layout(plan)
         return plan
+
+    def layout(self, plan: Plan) -> Layout:
+        """Over which processes a plan is spread. Raises ValueError where it does not go as asked."""
+        if self.world is None:
+            return Layout()
+        return choose_layout(
+            self.degrees,
+            self.world.size,
+            heads=self.checkpoint.config.num_heads,
+            guided=plan.guided,
+            tokens_per_frame=_tokens_per_frame(plan),
+        )
 
     def __call__(self, request: Request | Plan, stream: bool = False, progress: Progress | None = None) -> Result:
         """Render a request, or the plan of one.
@@ -125,38 +150,39 @@ class Pipeline:
         result = Result(plan)
         result.frames = self._render(plan, result, progress or Progress())
         if not stream:
-            result.frames = torch.cat(list(result.frames))
+            none = torch.empty(0, plan.settings.height, plan.settings.width, 3, dtype=torch.uint8)
+            result.frames = torch.cat([none, *result.frames])
         return result
 
     @torch.no_grad()
     def _render(self, plan: Plan, result: Result, progress: Progress) -> Iterator[Tensor]:
-        settings = plan.settings
+        settings, team = plan.settings, self._team(plan)
         clock = Clock(self.device, result.timings, progress)
         pictures = load_pictures(settings)
         with clock("text"):
-            texts = self.conditions.texts(settings, plan.guided)
+            texts = team.first(lambda: self.conditions.texts(settings, plan.guided))
         with clock("image"):
-            image = self.conditions.image_tokens(settings, pictures)
+            image = team.first(lambda: self.conditions.image_tokens(settings, pictures))
         with clock("load"):
             dit, vae = self._load()
         contexts: list[Context] = []
         noise, condition_noise = (torch.Generator(self.device).manual_seed(settings.seed + i) for i in (0, 1))
         history = History(settings.overlap_history or 0)
 
-        if settings.video is not None:
+        if settings.video is not None and team.leads:
             for frames in media.VideoSource(settings.video).fitted(settings.height, settings.width):
                 history.add(media.from_uint8(frames))
                 yield frames
         for index, window in enumerate(plan.windows):
-            with clock("encode"), self.placement.use(vae):
-                prefix, end = self._given(vae, window, pictures, history)
-                channels = image_channels(vae, pictures["image"], window.latents) if settings.mode == "i2v" else None
+            with clock("encode"):
+                begin = partial(self._begin, vae, settings, window, pictures, history, noise)
+                initial, channels = team.first(begin)
             progress.window(index, len(plan.windows), plan.calls[index])
             with clock("denoise"), self.placement.use(dit):
                 contexts = contexts or [dit.encode_context(text.to(self.device), image) for text in texts]
                 latents = denoise(
                     dit,
-                    self._initial(settings, window, prefix, end, noise),
+                    initial,
                     plan.schedules[window],
                     plan.sigmas,
                     *contexts,
@@ -170,26 +196,53 @@ class Pipeline:
                     teacache=self._teacache(settings),
                     causal_block_size=settings.causal_block_size if settings.causal_attention else None,
                     blocks=self.placement.blocks(dit),
-                    attend=self._attend,
+                    attend=team.attend,
                     attend_context=self._attend,
-                    past_bytes=_spare_bytes(self.device),
+                    past_bytes=_spare_bytes(self.device, team),
+                    team=team,
                     on_step=lambda _row: progress.step(),
                 )[:, :, : window.latents]
             result.latents.append(latents)
+            if not team.leads:
+                continue
             with self.placement.use(vae):
                 for chunk in clock.each("decode", _skip(window.drop, vae.decode_stream(latents))):
                     history.add(chunk)  # the next window's beginning is encoded from what was put out
                     yield media.to_uint8(chunk[0])
 
+    def _team(self, plan: Plan) -> Team:
+        if self.world is None:
+            return Alone(self._attend)
+        return Sharing(self.world, self.layout(plan), _tokens_per_frame(plan), self._backend)
+
     def _load(self) -> tuple[DiT, VAE]:
-        """The DiT on its device and the VAE, in float32 as the reference has it; kept for the next request."""
+        """The DiT on its device and the VAE, in float32 as the reference has it; kept for the next request.
+
+        Of several processes, the VAE's weights are in the leader alone.
+        """
         if self._dit is None or self._vae is None:
             with torch.device("meta"):
                 dit, vae = DiT(self.checkpoint.config), _vae_of(self.checkpoint)
             self.checkpoint.load_transformer(dit, self.placement.home, self.dtype)
-            self.checkpoint.load_vae(vae, self.placement.home, torch.float32)
+            if self.world is None or self.world.leads:
+                self.checkpoint.load_vae(vae, self.placement.home, torch.float32)
             self._dit, self._vae = dit.eval(), vae.eval()
         return self._dit, self._vae
+
+    def _begin(
+        self,
+        vae: VAE,
+        settings: Settings,
+        window: Window,
+        pictures: dict[str, Tensor],
+        history: History,
+        noise: torch.Generator,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What a window starts from: its latents, and the channels that an I2V model is given beside them."""
+        with self.placement.use(vae):
+            prefix, end = self._given(vae, window, pictures, history)
+            channels = image_channels(vae, pictures["image"], window.latents) if settings.mode == "i2v" else None
+        return self._initial(settings, window, prefix, end, noise), channels
 
     def _given(
         self, vae: VAE, window: Window, pictures: dict[str, Tensor], history: History
@@ -242,13 +295,17 @@ def _mode(checkpoint: Checkpoint, asked: str | None) -> str | None:
     return "i2v" if takes_image else mode
 
 
-def _spare_bytes(device: torch.device) -> int | None:
-    """GPU memory that may be filled for speed alone, with a tenth of it left for all else; None: without limit."""
+def _spare_bytes(device: torch.device, team: Team) -> int | None:
+    """GPU memory that every process may fill for speed alone, with a tenth of it left for all else; None: without limit."""
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(0, free + cached - total // 10)
+    return team.least(max(0, free + cached - total // 10))
+
+
+def _tokens_per_frame(plan: Plan) -> int:
+    return plan.settings.height * plan.settings.width // PIXEL_MULTIPLE**2
 
 
 def _vae_of(checkpoint: Checkpoint) -> VAE:

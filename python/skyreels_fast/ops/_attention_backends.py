@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
+DenseWithLse = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 DTYPES = (torch.float16, torch.bfloat16)
 _MAX_HEAD_CHANNELS = 256
@@ -118,5 +120,41 @@ def dense(name: str) -> Dense:
     library = LIBRARIES[name]
     if library.kernel is not None:
         return partial(_sdpa, kernel=library.kernel)
-    module = importlib.import_module(next(module for module in library.modules if _is_installed(module)))
-    return partial(_first, module.flash_attn_func)
+    return partial(_first, _library_function(name))
+
+
+def _library_function(name: str) -> Callable[..., Any]:
+    modules = LIBRARIES[name].modules
+    return importlib.import_module(next(module for module in modules if _is_installed(module))).flash_attn_func
+
+
+def _sdpa_with_lse(q: Tensor, k: Tensor, v: Tensor, kernel: SDPBackend | None = None) -> tuple[Tensor, Tensor]:
+    """As `_sdpa`; torch's own choice is not to be had with the log-sum-exp, so the kernel of widest use stands in."""
+    heads_first = [tensor.transpose(1, 2) for tensor in (q, k, v)]
+    if kernel is SDPBackend.CUDNN_ATTENTION:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(*heads_first, None, True)
+    elif kernel is SDPBackend.FLASH_ATTENTION:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(*heads_first)
+    elif q.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first)
+    else:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(*heads_first, None, True)
+    return out.transpose(1, 2), lse
+
+
+def _first_two(function: Callable[..., Any], flags: dict[str, bool], *qkv: Tensor) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = function(*qkv, **flags)
+    return out, lse
+
+
+@lru_cache
+def dense_with_lse(name: str) -> DenseWithLse:
+    """As `dense`, with the log-sum-exp of the scores: B * N * Lq values in this order, each row perhaps padded."""
+    if name == "sdpa":
+        return _sdpa_with_lse
+    if (kernel := LIBRARIES[name].kernel) is not None:
+        return partial(_sdpa_with_lse, kernel=kernel)
+    function = _library_function(name)
+    # Versions that have neither argument return it always.
+    known = inspect.signature(function).parameters
+    return partial(_first_two, function, {flag: True for flag in ("return_attn_probs", "return_lse") if flag in known})

@@ -21,7 +21,7 @@ from skyreels_fast.ops._dispatch import needs_grad
 BACKENDS = backends.NAMES
 
 
-def _blocks(queries: int, keys: int, block_tokens: int | None) -> list[tuple[int, int]]:
+def causal_blocks(queries: int, keys: int, block_tokens: int | None) -> list[tuple[int, int]]:
     """(first, last + 1) of the queries that go together, among the keys: they see every key before last + 1."""
     first = keys - queries
     if block_tokens is None:
@@ -32,7 +32,7 @@ def _blocks(queries: int, keys: int, block_tokens: int | None) -> list[tuple[int
 
 def _by_prefix(dense: Dense, q: Tensor, k: Tensor, v: Tensor, block_tokens: int | None) -> Tensor:
     first = k.shape[1] - q.shape[1]
-    blocks = _blocks(q.shape[1], k.shape[1], block_tokens)
+    blocks = causal_blocks(q.shape[1], k.shape[1], block_tokens)
     if len(blocks) == 1:
         return dense(q, k, v)
     outs = [dense(q[:, start - first : stop - first], k[:, :stop], v[:, :stop]) for start, stop in blocks]
@@ -67,7 +67,7 @@ def attention_cost(
     if block_tokens is None:
         pairs = queries * keys
     else:
-        pairs = sum((stop - start) * stop for start, stop in _blocks(queries, keys, block_tokens))
+        pairs = sum((stop - start) * stop for start, stop in causal_blocks(queries, keys, block_tokens))
     channels = batch * heads * head_dim
     return 2 * (queries + keys) * channels * itemsize, 4 * pairs * channels
 
@@ -134,3 +134,18 @@ def attention(
     if chosen == "ref":
         return attention_ref(q, k, v, block_tokens=block_tokens)
     return _by_prefix(backends.dense(chosen), q, k, v, block_tokens)
+
+
+def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """Dense `attention`, and the log-sum-exp of its scaled scores [B, N, Lq] in float32.
+
+    With it softmaxes over parts of the keys can be put together. It has no gradient. Raises ValueError as `attention`
+    does.
+    """
+    _check(q, k, v, None)
+    chosen = _choose(backend, q, k, v)
+    if chosen == "ref":
+        scores = torch.einsum("bqnd,bknd->bnqk", q.float(), k.float()) * q.shape[-1] ** -0.5
+        return attention_ref(q, k, v), scores.logsumexp(dim=-1)
+    out, lse = backends.dense_with_lse(chosen)(q, k, v)
+    return out, lse.float().reshape(q.shape[0], q.shape[2], -1)[..., : q.shape[1]]

@@ -18,6 +18,7 @@ from skyreels_fast.dit.past import Past
 
 from .spans import Span, causal_spans, whole_spans
 from .teacache import Residual, TeaCacheSettings, plan
+from .team import Alone, Grid, Team
 from .timesteps import Schedule
 from .unipc import UniPC
 
@@ -47,6 +48,7 @@ def denoise(
     attend: Callable[..., Tensor] | None = None,
     attend_context: Callable[..., Tensor] | None = None,
     past_bytes: int | None = None,
+    team: Team | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Denoise one window: latents [1,16,F,h,w] float32, noise with the given frames filled in → the same, clean.
@@ -65,6 +67,8 @@ def denoise(
         that have not started are left out of a call, and of finished ones the keys and values are kept, if they fit
         into past_bytes (None: however many) and TeaCache is off.
     blocks, attend, attend_context: handed to `dit.run_blocks`, when given; `blocks` is iterated anew in each call.
+    team: the processes that share the work, None: this one has it all. Every one of them is given the same and returns
+        the same; `attend` is to reach the tokens of the others, and past_bytes to be what all of them have.
     on_step: called with the row's number when its work has been queued.
 
     Raises ValueError when the schedule's columns are not the latents' frames, or addnoise is out of 0 to 1000 or has no
@@ -80,12 +84,15 @@ def denoise(
     latents = latents.float()
     timesteps = _timestep_rows(schedule, prefix if addnoise else 0, addnoise, latents.device)
     solver = UniPC(schedule, sigmas, latents.device, in_place=in_place)
-    keep = teacache is None and _fits(dit, latents, past_bytes, branches=1 if uncond is None else 2)
+    team = team or Alone()
+    contexts = [cond] if uncond is None or guidance_scale == 1 else [cond, uncond]
+    own = [contexts[branch] for branch in team.branches(len(contexts))]
+    keep = teacache is None and _fits(dit, latents, past_bytes, share=len(own) / team.sequence)
     spans = _spans(schedule, causal_block_size, keep=keep, noised=prefix if addnoise else 0)
-    computed = _computed_rows(dit, schedule, spans, timesteps, fps, teacache)
-    options = {"causal_block_size": causal_block_size, "blocks": blocks}
+    computed = team.agree(_computed_rows(dit, schedule, spans, timesteps, fps, teacache))
+    options = {"causal_block_size": causal_block_size, "blocks": blocks, "token_range": team.token_range}
     options |= {"attend": attend, "attend_context": attend_context}
-    model = _Model(dit, cond, uncond, guidance_scale, fps, options)
+    model = _Model(dit, own, guidance_scale, fps, team, options)
     dtype = next(dit.parameters()).dtype
     if extra_channels is not None:
         extra_channels = extra_channels.to(dtype)
@@ -116,14 +123,19 @@ class _Branch:
 
 
 class _Model:
-    """The DiT with one window's contexts."""
+    """The DiT with one window's contexts, those of the branches that this process computes."""
 
     def __init__(
-        self, dit: DiT, cond: Context, uncond: Context | None, guidance_scale: float, fps: int | None, options: dict
+        self,
+        dit: DiT,
+        contexts: Sequence[Context],
+        guidance_scale: float,
+        fps: int | None,
+        team: Team,
+        options: dict,
     ) -> None:
-        self._dit, self._fps, self._scale = dit, fps, guidance_scale
+        self._dit, self._fps, self._scale, self._team = dit, fps, guidance_scale, team
         self._options = {name: value for name, value in options.items() if value is not None}
-        contexts = (cond,) if uncond is None or guidance_scale == 1 else (cond, uncond)
         self._branches = [_Branch(context) for context in contexts]
         self._span: Span
 
@@ -140,7 +152,9 @@ class _Model:
         """Guided velocity [1,16,f,h,w] float32, zero out of the span; `compute`, `keep` as in `Residual.apply`."""
         part = slice(self._span.start, self._span.stop)
         embedded = self._dit.embed(latents[:, :, part], timestep[:, part], self._fps)
-        velocities = [self._branch(embedded, branch, compute=compute, keep=keep) for branch in self._branches]
+        embedded, own_grid = self._team.shard(embedded)
+        parts = [self._branch(embedded, own_grid, branch, compute=compute, keep=keep) for branch in self._branches]
+        velocities = self._team.whole(parts, embedded.grid)
         velocity = velocities[0]
         if len(velocities) == 2:
             cond, uncond = velocities
@@ -151,7 +165,7 @@ class _Model:
         whole[:, :, part] = velocity
         return whole
 
-    def _branch(self, embedded: Embedded, branch: _Branch, *, compute: bool, keep: bool) -> Tensor:
+    def _branch(self, embedded: Embedded, own_grid: Grid, branch: _Branch, *, compute: bool, keep: bool) -> Tensor:
         options = self._options if branch.past is None else {**self._options, "past": branch.past}
 
         def run(x: Tensor) -> Tensor:
@@ -160,19 +174,20 @@ class _Model:
         x = branch.residual.apply(embedded.x, run, compute=compute, keep=keep)
         if branch.past is not None:
             branch.past.keep(self._span.fixed)
-        return self._dit.head(x, embedded.e, embedded.grid).float()
+        return self._dit.head(x, embedded.e, own_grid).float()
 
 
 def _spans(schedule: Schedule, block: int | None, *, keep: bool, noised: int) -> list[Span]:
     return whole_spans(schedule) if block is None else causal_spans(schedule, block, keep=keep, noised=noised)
 
 
-def _fits(dit: DiT, latents: Tensor, limit: int | None, branches: int) -> bool:
+def _fits(dit: DiT, latents: Tensor, limit: int | None, share: float) -> bool:
+    """share: how many times a video's keys and values this process has to keep."""
     if limit is None:
         return True
     weight = next(dit.parameters())
     tokens = latents.shape[2] * latents.shape[3] * latents.shape[4] // 4
-    return branches * Past.nbytes(dit.config.num_layers, tokens, dit.config.dim, weight.itemsize) <= limit
+    return share * Past.nbytes(dit.config.num_layers, tokens, dit.config.dim, weight.itemsize) <= limit
 
 
 def _timestep_rows(schedule: Schedule, noised: int, timestep: int, device: torch.device) -> Tensor:

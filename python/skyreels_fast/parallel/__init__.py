@@ -1,0 +1,9 @@
+"""Several processes, a GPU each, for one video: sequence shards (Ulysses x ring) and both guidance branches at once."""
+
+from __future__ import annotations
+
+from .layout import Degrees, Layout, choose_layout
+from .team import Team
+from .world import LeaderError, World, require
+
+__all__ = ["Degrees", "Layout", "LeaderError", "Team", "World", "choose_layout", "require"]

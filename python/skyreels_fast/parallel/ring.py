@@ -1,0 +1,86 @@
+"""Attention to keys and values that pass by in a ring (Liu et al., arXiv 2310.01889): softmaxes over parts of the keys
+are put together by their log-sum-exp, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from skyreels_fast.ops.attention import attention_with_lse, causal_blocks
+
+Partial = tuple[Tensor, Tensor]
+
+
+def merge(first: Partial, second: Partial) -> Partial:
+    """Of (result [B, L, N, Dh], log-sum-exp [B, N, L]) over two disjoint sets of keys, those over both; float32."""
+    (out, lse), (more, more_lse) = first, second
+    both = torch.logaddexp(lse, more_lse)
+    weights = [(part - both).exp().transpose(1, 2).unsqueeze(-1) for part in (lse, more_lse)]
+    return out.float() * weights[0] + more.float() * weights[1], both
+
+
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Sequence[int],
+    block_frames: int | None,
+    *,
+    group: dist.ProcessGroup,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention of this process's q [B, F * own, N, Dh] to the k, v [B, F' * own, N, Dh] of the whole ring.
+
+    lengths: tokens of a frame that each process has; tokens go frame by frame. block_frames: None, or how many frames
+    see themselves and the earlier ones only; then q has the last of the frames of k and v.
+    The next keys and values are under way while the ones in hand are attended to.
+    """
+    place, size = dist.get_rank(group), dist.get_world_size(group)
+    own = lengths[place]
+    key_frames = k.shape[1] // own
+    held, result = torch.stack((k, v)), None
+    for step in range(size):
+        source = (place - step) % size
+        coming, works = None, []
+        if step + 1 < size:
+            shape = (2, k.shape[0], key_frames * lengths[source - 1], *k.shape[2:])
+            coming, works = _pass_on(held, held.new_empty(shape), place, size, group)
+        part = _attend(q, held, own, lengths[source], block_frames, backend)
+        result = part if result is None else merge(result, part)
+        for work in works:
+            work.wait()
+        held = coming
+    return result[0].to(q.dtype)
+
+
+def _pass_on(
+    held: Tensor, coming: Tensor, place: int, size: int, group: dist.ProcessGroup
+) -> tuple[Tensor, list[dist.Work]]:
+    after, before = (dist.get_global_rank(group, (place + step) % size) for step in (1, -1))
+    exchange = [dist.P2POp(dist.isend, held, after, group), dist.P2POp(dist.irecv, coming, before, group)]
+    return coming, dist.batch_isend_irecv(exchange)
+
+
+def _attend(
+    q: Tensor, held: Tensor, own: int, length: int, block_frames: int | None, backend: str | None
+) -> Partial:
+    """(result, log-sum-exp) over the keys and values in hand, which have `length` tokens a frame where q has `own`."""
+    k, v = held
+    if block_frames is None:
+        return attention_with_lse(q, k, v, backend=backend)
+    query_frames, key_frames = q.shape[1] // own, k.shape[1] // length
+    first = key_frames - query_frames
+    parts = [
+        attention_with_lse(
+            q[:, (start - first) * own : (stop - first) * own],
+            k[:, : stop * length],
+            v[:, : stop * length],
+            backend=backend,
+        )
+        for start, stop in causal_blocks(query_frames, key_frames, block_frames)
+    ]
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs, dim=1), torch.cat(lses, dim=2)

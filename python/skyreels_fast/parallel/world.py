@@ -1,0 +1,149 @@
+"""The processes that torchrun has started, and the groups they talk in."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .layout import Layout
+
+T = TypeVar("T")
+
+# A process that dies is noticed by torchrun or by its closed connection. These are for one that hangs: in a step all
+# work in step, give or take what a device has queued; outside of steps all wait for the leader, however long it takes.
+_STEP_TIMEOUT = timedelta(minutes=10)
+_LEADER_TIMEOUT = timedelta(days=7)
+
+
+class LeaderError(RuntimeError):
+    """Rank 0 has failed, and says itself why."""
+
+
+class Groups(NamedTuple):
+    """This process's groups, as in `Layout`; None: it is alone in it."""
+
+    ulysses: dist.ProcessGroup | None
+    ring: dist.ProcessGroup | None
+
+
+def require(device: torch.device) -> None:
+    """Raises ValueError, in one line, where several processes cannot work together on devices like this one."""
+    if "WORLD_SIZE" not in os.environ and not dist.is_initialized():
+        raise ValueError("--use_usp: start the command with torchrun --nproc_per_node=N, a process for each GPU")
+    if device.type == "cuda" and importlib.util.find_spec("xfuser") is None:
+        raise ValueError("--use_usp: several GPUs need xfuser; pip install 'skyreels-fast[parallel]'")
+
+
+class World:
+    """All processes of the run. Rank 0, the leader, has the encoders and the VAE, reads and writes files."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.rank, self.size = device, dist.get_rank(), dist.get_world_size()
+        self.leads = self.rank == 0
+        self._control = dist.new_group(backend="gloo", timeout=_LEADER_TIMEOUT)
+        self._groups: tuple[Layout, Groups] | None = None
+
+    @classmethod
+    def join(cls, device: torch.device) -> World:
+        """Meet the others; `device` is this process's own. Raises ValueError as `require` does."""
+        require(device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=_STEP_TIMEOUT)
+        return cls(device)
+
+    def groups(self, layout: Layout) -> Groups:
+        """The groups of a layout of all processes; those of another one before are given up."""
+        if self._groups is None or self._groups[0] != layout:
+            made = _xfuser_groups(self, layout) if self.device.type == "cuda" else _torch_groups(layout)
+            self._groups = layout, made
+        return self._groups[1]
+
+    def first(self, make: Callable[[], T]) -> T:
+        """What `make` returns on the leader, which alone calls it; tensors come to each process's device.
+
+        Raises what `make` raises, on the others LeaderError.
+        """
+        if not self.leads:
+            return _to(self._told(None), self.device)
+        try:
+            made = make()
+        except BaseException as error:
+            self._told(_Failure(type(error).__name__))
+            raise
+        self._told(_to(made, torch.device("cpu")))
+        return made
+
+    def agree(self, value: T) -> T:
+        """The leader's value."""
+        return self._told(value)
+
+    def least(self, value: int) -> int:
+        """The smallest of all processes' values."""
+        number = torch.tensor(value)
+        dist.all_reduce(number, dist.ReduceOp.MIN, group=self._control)
+        return int(number)
+
+    def wait(self) -> None:
+        """Until all are here."""
+        dist.barrier(group=self._control)
+
+    def close(self) -> None:
+        """Leave, all together and in good order."""
+        self.wait()
+        dist.destroy_process_group()
+
+    def _told(self, value: Any) -> Any:
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._control)
+        if isinstance(box[0], _Failure) and not self.leads:
+            raise LeaderError(f"rank 0 failed: {box[0].name}")
+        return box[0]
+
+
+class _Failure(NamedTuple):
+    name: str
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    """`value` with its tensors on `device`: a tensor, or a list or tuple of tensors and None."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_to(item, device) for item in value)
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _torch_groups(layout: Layout) -> Groups:
+    """Every process must make every group."""
+    ulysses, _ = dist.new_subgroups_by_enumeration(layout.ulysses_ranks(), timeout=_STEP_TIMEOUT)
+    ring, _ = dist.new_subgroups_by_enumeration(layout.ring_ranks(), timeout=_STEP_TIMEOUT)
+    return Groups(ulysses if layout.ulysses > 1 else None, ring if layout.ring > 1 else None)
+
+
+def _xfuser_groups(world: World, layout: Layout) -> Groups:
+    from xfuser.core.distributed import get_sp_group, init_distributed_environment, initialize_model_parallel
+    from xfuser.core.distributed.parallel_state import destroy_model_parallel, model_parallel_is_initialized
+
+    if model_parallel_is_initialized():
+        destroy_model_parallel()
+    init_distributed_environment(world_size=world.size, rank=world.rank, local_rank=world.device.index or 0)
+    initialize_model_parallel(
+        classifier_free_guidance_degree=layout.branches,
+        sequence_parallel_degree=layout.sequence,
+        ulysses_degree=layout.ulysses,
+        ring_degree=layout.ring,
+    )
+    found = get_sp_group()
+    if layout.sequence > 1 and not hasattr(found, "ulysses_group"):
+        raise RuntimeError("xfuser makes no Ulysses and ring groups without yunchang: pip install yunchang")
+    return Groups(
+        found.ulysses_group if layout.ulysses > 1 else None, found.ring_group if layout.ring > 1 else None
+    )
