@@ -37,8 +37,10 @@ class Plan(SimpleNamespace):
         return f"plan: {self.frames} frames"
 
 class Pipeline:
+    world = None
+
     @classmethod
-    def from_pretrained(cls, path, device="cuda", dtype=None, offload=False, mode=None, attention=None):
+    def from_pretrained(cls, path, device="cuda", dtype=None, offload=False, mode=None, attention=None, degrees=None):
         opened.append((path, device, dtype, offload, mode, attention))
         if error_at_open: raise error_at_open
         pipe = cls()

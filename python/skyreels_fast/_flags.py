@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
@@ -28,6 +29,8 @@ _MENTION = re.compile(
     rf"|(?P<verb>needs|without|give) (?P<word>{_NAMES})(?![\w/=.-])(?P<more> and width\b)?)"
 )
 
+_ABOUT_USP = ("ulysses_degree", "ring_degree", "cfg_parallel", "no_cfg_parallel")
+
 _DF_EXAMPLES = """examples:
   a try-out with the bundled model, on any machine
     generate_video_df.py --model_id tiny --prompt "a red circle moving right on a black background"
@@ -41,6 +44,8 @@ _DF_EXAMPLES = """examples:
     generate_video_df.py --prompt "..." --num_frames 257 --overlap_history 17 --ar_step 5 --causal_block_size 5
   a video, continued
     generate_video_df.py --prompt "..." --video_path in.mp4 --num_frames 121 --overlap_history 17
+  on eight GPUs
+    torchrun --nproc_per_node=8 generate_video_df.py --use_usp --seed 42 --prompt "..."
 """
 _T2V_EXAMPLES = """examples:
   four seconds from text
@@ -49,6 +54,8 @@ _T2V_EXAMPLES = """examples:
     generate_video.py --model_id Skywork/SkyReels-V2-I2V-14B-540P --image first.png --guidance_scale 5 --shift 3
   on a GPU that does not hold the model
     generate_video.py --model_id Skywork/SkyReels-V2-T2V-14B-720P --resolution 720P --offload --prompt "..."
+  on eight GPUs
+    torchrun --nproc_per_node=8 generate_video.py --use_usp --seed 42 --prompt "..."
 """
 
 
@@ -131,7 +138,13 @@ FLAGS = {
         Flag("dtype", "TYPE", "bfloat16, float16 or float32 (default: bfloat16 on cuda, float32 on cpu)"),
         Flag("attention", "NAME", "fa3, fa4, fa2, cudnn, flash or sdpa (default: the fastest there is)"),
         Flag("offload", None, "stream the weights from host memory: less GPU memory, the same result"),
-        Flag("use_usp", None, "several GPUs for one video (not supported yet)"),
+    ),
+    "several GPUs": (
+        Flag("use_usp", None, "one video from all GPUs that torchrun has started a process for; needs --seed"),
+        Flag("ulysses_degree", "N", "GPUs that split the attention heads (default: as many as the heads allow)"),
+        Flag("ring_degree", "N", "GPUs that pass keys and values round (default: what --ulysses_degree leaves)"),
+        Flag("cfg_parallel", None, "half of the GPUs for each guidance branch (default with an even number)"),
+        Flag("no_cfg_parallel", None, "all GPUs for one branch, then for the other"),
     ),
     "output": (
         Flag("outdir", "NAME", "save as result/NAME/PROMPT_SEED_TIME.mp4 (default: %(default)s)"),
@@ -191,15 +204,22 @@ def _as_flag(found: re.Match[str]) -> str:
 
 
 def check_usp(args: argparse.Namespace) -> None:
-    """Raises UsageError where --use_usp is given."""
+    """Raises UsageError where several processes, or the flags about them, do not go with the others."""
+    about = [name for name in _ABOUT_USP if getattr(args, name)]
     if not args.use_usp:
+        if about:
+            raise UsageError(f"--{about[0]} needs --use_usp")
+        if (processes := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > 1:
+            raise UsageError(f"{processes} processes would each render the same video; give --use_usp, or leave out "
+                             "torchrun")  # fmt: skip
         return
+    if args.cfg_parallel and args.no_cfg_parallel:
+        raise UsageError("--cfg_parallel and --no_cfg_parallel exclude each other; leave one out")
     if args.seed is None:
         raise UsageError("--use_usp needs --seed: all GPUs must start from the same noise")
     if args.prompt_enhancer:
         raise UsageError("--use_usp and --prompt_enhancer exclude each other: enhance the prompt beforehand with "
                          "python -m skyreels_fast.enhance")  # fmt: skip
-    raise UsageError("--use_usp needs several GPUs, which this version does not support yet; run without it")
 
 
 def request_values(args: argparse.Namespace) -> dict[str, Any]:

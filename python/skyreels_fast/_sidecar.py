@@ -18,7 +18,7 @@ from ._flags import FIELDS
 from .request import Settings
 
 # Not part of what to repeat: where the video went, and what has already become part of the settings.
-_NOT_REPEATED = ("output", "use_usp", "prompt_enhancer")
+_NOT_REPEATED = ("output", "prompt_enhancer")
 
 
 class Record:
@@ -92,6 +92,8 @@ def command_line(program: str, args: argparse.Namespace, settings: Settings) -> 
     """The command that renders the same video again, every setting spelled out."""
     fields = {flag: field for field, flag in FIELDS.items()}
     words = ["python", program] if program.endswith(".py") else [program]
+    if args.use_usp:
+        words = ["torchrun", f"--nproc_per_node={os.environ.get('WORLD_SIZE', '1')}", *_launched(program)]
     for flag, value in vars(args).items():
         value = getattr(settings, fields.get(flag, flag), value)
         unused = flag.startswith(("teacache_", "use_ret")) and not settings.teacache
@@ -111,6 +113,11 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _launched(program: str) -> list[str]:
+    """How torchrun is told to start `program`: a script, or with --no-python what pip has installed."""
+    return [program] if program.endswith(".py") else ["--no-python", program]
 
 
 def _with_value(flag: str, value: Any) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -138,6 +139,23 @@ def device_name(name: str | None) -> str:
         raise UsageError(f"--device {name!r}: PyTorch finds {torch.cuda.device_count()} CUDA devices here; "
                          "run with --device cpu or another one")  # fmt: skip
     return name
+
+
+def own_device(name: str) -> str:
+    """The device of this process, of those that torchrun has started: `name` as `device_name` gives it, made certain.
+
+    Raises UsageError where there are more processes than devices.
+    """
+    import torch
+
+    if name == "cpu":
+        return name
+    if name != "cuda":
+        raise UsageError(f"--device {name}: with --use_usp each process has a GPU of its own; give cuda, or cpu")
+    processes, devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if processes > devices:
+        raise UsageError(f"--use_usp: {processes} processes for {devices} GPUs; start at most {devices} on this machine")
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
 
 
 def _probe_video_file(name: str, path: Any, frames: int) -> tuple[int, tuple[int, int], float | None]:

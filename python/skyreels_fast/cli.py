@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import os
 import re
 import signal
 import sys
@@ -22,11 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 from ._flags import PROGRAMS, check_usp, parser, request_values, with_flags
 from ._sidecar import Record, describe_run
-from ._values import UsageError, device_name
+from ._values import UsageError, device_name, own_device
 from .request import Request
 
 if TYPE_CHECKING:
     from .media import VideoWriter
+    from .parallel import Degrees
     from .pipeline import Pipeline
     from .plan import Plan
 
@@ -47,13 +49,13 @@ class _Stopped(KeyboardInterrupt):
 
 @dataclass
 class _Job:
-    """A run that nothing speaks against."""
+    """A run that nothing speaks against; of several processes, all but the first have no record to keep."""
 
     program: str
     pipe: Pipeline
     plan: Plan
     path: Path
-    record: Record
+    record: Record | None
 
 
 def _run(mode: str, argv: list[str] | None) -> int:
@@ -84,9 +86,13 @@ def _stop(number: int, _frame: object) -> None:
 
 
 def _interrupted(program: str, error: KeyboardInterrupt) -> int:
-    number = error.args[0] if isinstance(error, _Stopped) else signal.SIGINT
-    _say(program, "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}")
-    return 128 + number
+    code = _code_of(error)
+    _say(program, "interrupted" if code == 128 + signal.SIGINT else f"stopped by {signal.Signals(code - 128).name}")
+    return code
+
+
+def _code_of(error: KeyboardInterrupt) -> int:
+    return 128 + (error.args[0] if isinstance(error, _Stopped) else signal.SIGINT)
 
 
 def _prepare(program: str, mode: str, argv: list[str]) -> _Job | int:
@@ -97,10 +103,13 @@ def _prepare(program: str, mode: str, argv: list[str]) -> _Job | int:
         request = Request(**request_values(args))
         _check_output(args)
         args.device = device_name(args.device)
+        if args.use_usp:
+            args.device = own_device(args.device)
         args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
         return _open(program, mode, args, request)
     except (ValueError, OSError) as error:
-        _say(program, f"error: {_one_line(error)}")
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the others of this host say the same
+            _say(program, f"error: {_one_line(error)}")
         return 2
 
 
@@ -117,8 +126,11 @@ def _open(program: str, mode: str, args: argparse.Namespace, request: Request) -
         offload=args.offload,
         mode=mode,
         attention=args.attention,
+        degrees=_degrees(args) if args.use_usp else None,
     )
     plan = pipe.plan(request)
+    if pipe.world is not None and not pipe.world.leads:
+        return _Job(program, pipe, plan, Path(), None)
     original = plan.settings.prompt
     if args.prompt_enhancer:
         plan = pipe.plan(_enhanced(request, original, args.device, plan.settings.seed))
@@ -126,18 +138,44 @@ def _open(program: str, mode: str, args: argparse.Namespace, request: Request) -
     for note in settings.notes:
         _say(program, f"note: {with_flags(note)}")
     print(plan.describe(), flush=True)
+    if pipe.world is not None:
+        print(f"{pipe.world.size} processes: {pipe.layout(plan)}", flush=True)
 
     name = output_path(args.outdir, settings.prompt, settings.seed, datetime.datetime.now())
     record = describe_run(program, args, settings)
     if args.prompt_enhancer:
         record["original_prompt"] = original
+    if pipe.world is not None:
+        record["parallel"] = {"processes": pipe.world.size} | pipe.layout(plan)._asdict()
     path = Path(args.output) if args.output else name
     job = _Job(program, pipe, plan, path, Record(path, record))
     job.record.begin()
     return job
 
 
+def _degrees(args: argparse.Namespace) -> Degrees:
+    from .parallel import Degrees
+
+    cfg_parallel = True if args.cfg_parallel else False if args.no_cfg_parallel else None
+    return Degrees(args.ulysses_degree, args.ring_degree, cfg_parallel)
+
+
+def _follow(job: _Job) -> int:
+    """Do this process's part of what the first one renders and writes."""
+    try:
+        for _ in job.pipe(job.plan, stream=True).frames:
+            pass
+        job.pipe.world.close()
+    except KeyboardInterrupt as error:
+        return _code_of(error)
+    except Exception as error:
+        return _explain(job, error)
+    return 0
+
+
 def _render(job: _Job) -> int:
+    if job.record is None:
+        return _follow(job)
     from ._progress import ConsoleProgress
     from .media import VideoWriter
 
@@ -153,11 +191,14 @@ def _render(job: _Job) -> int:
             writer.write(chunk)
     except (Exception, KeyboardInterrupt) as error:
         progress.close()
-        code = _explain(job.program, settings.mode, error)
+        code = _explain(job, error)
     progress.close()
     timings = dict(result.timings if result else {}) | {"total": time.monotonic() - start}
     _handle_signals(signal.SIG_IGN)
-    return _finish(job, writer, code, timings)
+    code = _finish(job, writer, code, timings)
+    if code == 0 and job.pipe.world is not None:
+        job.pipe.world.close()
+    return code
 
 
 def _finish(job: _Job, writer: VideoWriter | None, code: int, timings: dict[str, float]) -> int:
@@ -187,13 +228,20 @@ def _finish(job: _Job, writer: VideoWriter | None, code: int, timings: dict[str,
     return code
 
 
-def _explain(program: str, mode: str, error: BaseException) -> int:
+def _explain(job: _Job, error: BaseException) -> int:
     """Say why rendering ended, in one line where the cause is known; the exit code."""
     import torch
 
     from .checkpoint import CheckpointError
     from .media import VideoError
+    from .parallel import LeaderError, is_lost_peer
 
+    program, mode = job.program, job.plan.settings.mode
+    if isinstance(error, LeaderError):
+        return 1  # who failed says why
+    if job.pipe.world is not None and is_lost_peer(error):
+        _say(program, "error: another process of this run has ended; its own message says why")
+        return 1
     if isinstance(error, KeyboardInterrupt):
         return _interrupted(program, error)
     if isinstance(error, torch.cuda.OutOfMemoryError):
@@ -247,4 +295,6 @@ def _one_line(error: BaseException) -> str:
 
 
 def _say(program: str, text: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    program = program if rank == "0" else f"{program} [rank {rank}]"
     print(f"{program}: {text}", file=sys.stderr, flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
@@ -24,6 +25,14 @@ _LEADER_TIMEOUT = timedelta(days=7)
 
 class LeaderError(RuntimeError):
     """Rank 0 has failed, and says itself why."""
+
+
+_LOST = re.compile("closed by peer|reset by peer|broken pipe|timed? ?out", re.IGNORECASE)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an exchange has failed because another process is gone."""
+    return isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))
 
 
 class Groups(NamedTuple):

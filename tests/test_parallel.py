@@ -1,0 +1,225 @@
+"""Attention and exchanges over processes, against one process that has everything."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import rel_l2
+from processes import together
+from torch import Tensor
+
+from skyreels_fast.ops.attention import attention_ref, attention_with_lse
+from skyreels_fast.parallel import Degrees, Layout, LeaderError, World, choose_layout, is_lost_peer, require
+from skyreels_fast.parallel.ring import merge
+from skyreels_fast.parallel.sequence import SequenceAttention, slices
+from skyreels_fast.parallel.team import Team
+
+CPU = torch.device("cpu")
+HEADS, HEAD_DIM = 4, 8
+
+
+def draw(frames: int, tokens: int, heads: int = HEADS, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(frames * 100 + tokens)
+    shape = (2, frames, tokens, heads, HEAD_DIM)
+    return [(torch.randn(shape, generator=generator) * 1.5).to(dtype) for _ in range(3)]
+
+
+def _attend_sharded(
+    rank: int, layout: Layout, frames: int, tokens: int, block: int | None, new: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """This process's result, and the same part of one process's; queries of the last `new` frames."""
+    start, stop = slices(tokens, layout.sequence)[rank % layout.sequence]
+    groups = World(CPU).groups(layout)
+    attend = SequenceAttention(layout, groups, rank % layout.sequence, tokens, None)
+    q, k, v = draw(frames, tokens, dtype=dtype)
+    q = q[:, frames - new :]
+    block_tokens = None if block is None else block * tokens
+    own = attend(*(x[:, :, start:stop].flatten(1, 2) for x in (q, k, v)), block_tokens=block_tokens)
+    exact = [x.flatten(1, 2).double() for x in (q, k, v)]
+    whole = attention_ref(*exact, block_tokens=block_tokens, math_dtype=torch.float64)
+    return own, whole.unflatten(1, (new, tokens))[:, :, start:stop].flatten(1, 2)
+
+
+LAYOUTS = {
+    "ulysses of 2": Layout(2),
+    "ulysses of 4": Layout(4),
+    "ring of 2": Layout(1, 2),
+    "ring of 3": Layout(1, 3),
+    "ring of 4": Layout(1, 4),
+    "ulysses 2 x ring 2": Layout(2, 2),
+    "two branches of 2": Layout(2, 1, 2),
+}
+
+
+@pytest.mark.parametrize("block", [None, 1, 2, 3])
+@pytest.mark.parametrize("tokens", [8, 7, 5])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_attention_over_shards(layout: Layout, tokens: int, block: int | None) -> None:
+    """Slices alike and not, dense and by causal blocks, of which the last may be short."""
+    for own, expected in together(layout.size, _attend_sharded, layout, 5, tokens, block, 5, torch.float32):
+        assert own.shape == expected.shape
+        assert rel_l2(own, expected) < 2e-6
+
+
+@pytest.mark.parametrize("layout", [Layout(2), Layout(1, 2), Layout(2, 2)], ids=str)
+def test_queries_may_be_of_the_last_frames(layout: Layout) -> None:
+    for own, expected in together(layout.size, _attend_sharded, layout, 6, 5, 2, 3, torch.float32):
+        assert own.shape == expected.shape
+        assert rel_l2(own, expected) < 2e-6
+
+
+def test_half_precision_is_rounded_no_more_often_than_the_ring_is_long() -> None:
+    for own, expected in together(4, _attend_sharded, Layout(2, 2), 3, 8, None, 3, torch.bfloat16):
+        assert own.dtype == torch.bfloat16
+        assert rel_l2(own, expected) < 2 * 2**-8
+
+
+def test_merged_parts_are_the_whole() -> None:
+    """Against the definition, with scores that a plain exponential would overflow on."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 9, 3, 8, generator=generator) * 30 for _ in range(3))
+    parts = [attention_with_lse(q, k[:, part], v[:, part]) for part in _cut(9, 4)]
+    out, lse = merge(*parts)
+    scores = torch.einsum("bqnd,bknd->bnqk", q.double(), k.double()) * 8**-0.5
+    assert rel_l2(lse, scores.logsumexp(-1)) < 1e-6
+    assert rel_l2(out, torch.einsum("bnqk,bknd->bqnd", scores.softmax(-1), v.double())) < 1e-5
+
+
+def _cut(length: int, at: int) -> tuple[slice, slice]:
+    return slice(0, at), slice(at, length)
+
+
+def _exchange(rank: int) -> dict[str, object]:
+    world = World(CPU)
+    seen: dict[str, object] = {"agreed": world.agree(rank + 10), "least": world.least(7 - rank)}
+    seen["first"] = world.first(lambda: [torch.full((2,), rank + 1.0, dtype=torch.bfloat16), None])
+    try:
+        world.first(lambda: 1 / 0)
+    except (ZeroDivisionError, LeaderError) as error:
+        seen["error"] = type(error)
+    seen["after"] = world.agree("still together" if rank == 0 else "")
+    return seen
+
+
+def test_what_the_leader_has_and_what_all_have() -> None:
+    for rank, seen in enumerate(together(3, _exchange)):
+        assert seen["agreed"] == 10 and seen["least"] == 5 and seen["after"] == "still together"
+        values, none = seen["first"]
+        assert torch.equal(values, torch.ones(2, dtype=torch.bfloat16)) and none is None
+        assert seen["error"] is (LeaderError if rank else ZeroDivisionError)
+
+
+def _gather(rank: int, layout: Layout, count: int) -> list[Tensor]:
+    team = Team(World(CPU), layout, 15, None)
+    latents = [_velocity(branch) for branch in range(count)]
+    start, stop = team.token_range
+    parts = []
+    for branch in team.branches(count):
+        tokens = latents[branch].unflatten(4, (5, 2)).unflatten(3, (3, 2))  # [1, 16, f, h, 2, w, 2]
+        tokens = tokens.transpose(4, 5).flatten(3, 4)[:, :, :, start:stop]  # [1, 16, f, own, 2, 2]
+        parts.append(tokens.transpose(3, 4).flatten(4, 5))
+    return team.whole(parts, (2, 3, 5))
+
+
+def _velocity(branch: int) -> Tensor:
+    return torch.arange(2.0 * 16 * 60).view(2, 16, 60).transpose(0, 1).reshape(1, 16, 2, 6, 10) + 0.5 * branch
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("layout", [Layout(2), Layout(2, 2), Layout(2, 1, 2), Layout(1, 1, 2)], ids=str)
+def test_every_process_has_every_branch_whole(layout: Layout, count: int) -> None:
+    for velocities in together(layout.size, _gather, layout, count):
+        assert len(velocities) >= count
+        assert all(torch.equal(velocities[branch], _velocity(branch)) for branch in range(count))
+
+
+def _lose(rank: int) -> bool | None:
+    world = World(CPU)
+    world.wait()
+    if rank == 1:
+        dist.destroy_process_group()
+        return None
+    try:
+        world.agree(0)
+        for _ in range(3):
+            world.wait()
+    except RuntimeError as error:
+        return is_lost_peer(error)
+    return False
+
+
+def test_a_process_that_leaves_is_told_from_other_errors() -> None:
+    assert together(2, _lose) == [True, None]
+    assert not is_lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+PLACES = [
+    # processes, heads, guided, asked → ulysses, ring, branches
+    (1, 12, True, Degrees(), (1, 1, 1)),
+    (2, 12, True, Degrees(), (1, 1, 2)),
+    (2, 12, False, Degrees(), (2, 1, 1)),
+    (3, 12, True, Degrees(), (3, 1, 1)),
+    (5, 40, True, Degrees(), (5, 1, 1)),
+    (7, 40, True, Degrees(), (1, 7, 1)),
+    (8, 12, True, Degrees(), (4, 1, 2)),
+    (8, 12, False, Degrees(), (4, 2, 1)),
+    (8, 12, True, Degrees(cfg_parallel=False), (4, 2, 1)),
+    (8, 40, True, Degrees(), (4, 1, 2)),
+    (8, 40, True, Degrees(cfg_parallel=False), (8, 1, 1)),
+    (8, 40, True, Degrees(ring=2), (2, 2, 2)),
+    (8, 40, True, Degrees(ulysses=2), (2, 2, 2)),
+    (8, 40, True, Degrees(ulysses=8), (8, 1, 1)),
+    (8, 40, True, Degrees(2, 4), (2, 4, 1)),
+    (16, 40, True, Degrees(), (8, 1, 2)),
+]
+
+
+@pytest.mark.parametrize(("size", "heads", "guided", "asked", "expected"), PLACES)
+def test_layouts(size: int, heads: int, guided: bool, asked: Degrees, expected: tuple[int, int, int]) -> None:
+    layout = choose_layout(asked, size, heads=heads, guided=guided, tokens_per_frame=2040)
+    assert layout == expected and layout.size == size
+
+
+@pytest.mark.parametrize(
+    ("size", "asked", "message"),
+    [
+        (8, Degrees(ulysses=8), "--ulysses_degree 8: does not fit 12 heads and 8 processes; .* 4 x 2, 4 x 1, 2 x 4"),
+        (8, Degrees(3), "--ulysses_degree 3"),
+        (8, Degrees(2, 3), "--ulysses_degree 2 --ring_degree 3"),
+        (8, Degrees(ring=3), "--ring_degree 3"),
+        (4, Degrees(ring=0), "--ring_degree 0: must be at least 1"),
+        (3, Degrees(cfg_parallel=True), "3 processes do not make two halves"),
+        (32, Degrees(), "32 processes are too many for frames of 15 tokens"),
+    ],
+)
+def test_layouts_that_do_not_work_are_named(size: int, asked: Degrees, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose_layout(asked, size, heads=12, guided=True, tokens_per_frame=15)
+
+
+def test_no_halves_without_guidance() -> None:
+    with pytest.raises(ValueError, match="this guidance_scale leaves a single branch"):
+        choose_layout(Degrees(cfg_parallel=True), 4, heads=12, guided=False, tokens_per_frame=15)
+
+
+def test_ranks_are_laid_out_with_neighbours_in_a_ulysses_group() -> None:
+    layout = Layout(2, 3, 2)
+    assert layout.ulysses_ranks()[:3] == [[0, 1], [2, 3], [4, 5]]
+    assert layout.ring_ranks() == [[0, 2, 4], [1, 3, 5], [6, 8, 10], [7, 9, 11]]
+
+
+def test_slices_are_as_even_as_can_be() -> None:
+    assert slices(8, 2) == [(0, 4), (4, 8)]
+    assert slices(7, 3) == [(0, 3), (3, 5), (5, 7)]
+
+
+def test_what_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ValueError, match="torchrun --nproc_per_node=N"):
+        require(CPU)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    require(CPU)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"need xfuser; pip install 'skyreels-fast\[parallel\]'"):
+        require(torch.device("cuda", 0))
