@@ -97,7 +97,7 @@ def test_bad_values_are_refused(fake, capfd, program, flag, bad):
         ("generate_video.py", "--seed", "argument --seed: expected one argument"),
         ("generate_video.py", "--use_usp", "--use_usp needs --seed"),
         ("generate_video.py", "--use_usp --seed 1 --prompt_enhancer", "--use_usp and --prompt_enhancer exclude"),
-        ("generate_video_df.py", "--use_usp --seed 1", "--use_usp needs several GPUs, which this version does not sup"),
+        ("generate_video_df.py", "--use_usp --seed 1 --ring_degree x", "--ring_degree 'x': must be a whole"),
     ],
 )
 def test_what_does_not_go_together_is_refused(fake, capfd, picture, program, words, message):

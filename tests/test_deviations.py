@@ -19,6 +19,7 @@ import skyreels_fast as sf
 from skyreels_fast import cli, media
 from skyreels_fast.conditions import History, load_pictures
 from skyreels_fast.config import TEACACHE_COEFFICIENTS, TransformerConfig
+from skyreels_fast.parallel import Degrees, choose_layout
 
 FIRST, LAST = GOLDEN / "first.png", GOLDEN / "last.png"
 Pipelines = dict[str, sf.Pipeline]
@@ -188,10 +189,13 @@ def test_11_neither_modulation_per_token_nor_a_mask_is_ever_made(pipelines: Pipe
     assert largest.elements == tokens * widest < min(tokens * tokens, 6 * tokens * dit.config.dim)
 
 
-def test_12_several_gpus_are_refused_until_they_are_right(capsys: pytest.CaptureFixture[str]) -> None:
-    for more in ([], ["--causal_attention"]):
-        assert cli.generate_video_df(["--model_id", "tiny", "--use_usp", "--seed", "1", *more]) == 2
-        assert "--use_usp" in capsys.readouterr().err
+def test_12_several_gpus_split_any_frame_and_only_heads_that_divide() -> None:
+    """That causal attention is causal there too: tests/test_parallel.py and test_parallel_pipelines.py."""
+    for processes, expected in ((8, (4, 1, 2)), (3, (3, 1, 1)), (7, (1, 7, 1))):
+        asked = {"heads": 12, "guided": True, "tokens_per_frame": 34 * 60}
+        assert choose_layout(Degrees(), processes, **asked) == expected
+    with pytest.raises(ValueError, match="ulysses x ring that do: 4 x 2, "):
+        choose_layout(Degrees(ulysses=8), 8, **asked)
 
 
 def test_13_a_long_video_is_never_held_whole(pipelines: Pipelines) -> None:

@@ -213,6 +213,9 @@ def check_usp(args: argparse.Namespace) -> None:
             raise UsageError(f"{processes} processes would each render the same video; give --use_usp, or leave out "
                              "torchrun")  # fmt: skip
         return
+    for name in ("ulysses_degree", "ring_degree"):
+        if isinstance(degree := getattr(args, name), str):
+            raise UsageError(f"--{name} {degree!r}: must be a whole number of 1 or more")
     if args.cfg_parallel and args.no_cfg_parallel:
         raise UsageError("--cfg_parallel and --no_cfg_parallel exclude each other; leave one out")
     if args.seed is None:

@@ -93,7 +93,7 @@ def command_line(program: str, args: argparse.Namespace, settings: Settings) -> 
     fields = {flag: field for field, flag in FIELDS.items()}
     words = ["python", program] if program.endswith(".py") else [program]
     if args.use_usp:
-        words = ["torchrun", f"--nproc_per_node={os.environ.get('WORLD_SIZE', '1')}", *_launched(program)]
+        words = ["torchrun", *_processes(), *_launched(program)]
     for flag, value in vars(args).items():
         value = getattr(settings, fields.get(flag, flag), value)
         unused = flag.startswith(("teacache_", "use_ret")) and not settings.teacache
@@ -113,6 +113,12 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _processes() -> list[str]:
+    everywhere, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    hosts = [f"--nnodes={everywhere // here}"] if everywhere > here else []
+    return [*hosts, f"--nproc_per_node={here}"]
 
 
 def _launched(program: str) -> list[str]:

@@ -18,6 +18,9 @@ from .world import World
 T = TypeVar("T")
 Grid = tuple[int, int, int]
 
+# Newer torch calls it so.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class Team:
     """All processes in one layout, for frames of `tokens_per_frame` tokens.
@@ -65,7 +68,7 @@ class Team:
         sent = own.new_zeros(*own.shape[:-1], widest)
         sent[..., : own.shape[-1]] = own
         got = sent.new_empty(self.world.size * len(parts), *sent.shape[1:])
-        dist.all_gather_into_tensor(got, sent)
+        _all_gather(got, sent)
         # [ranks of a branch after one another, branches that each has] → branches, each a list of shards
         got = got.unflatten(0, (-1, self.sequence, len(parts))).transpose(1, 2).flatten(0, 1)
         return [self._joined(branch, grid) for branch in got]
