@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import time
 from dataclasses import replace
@@ -20,6 +21,7 @@ from benchmarks.harness import Timing
 from benchmarks.models import RandomCheckpoint, Work
 from skyreels_fast.config import VAE_STRIDE
 from skyreels_fast.dit.model import IMAGE_DIM
+from skyreels_fast.parallel import Degrees
 
 # About 100 tokens, as real prompts have.
 PROMPT = " and ".join(["a red circle moving right on a dark blue background"] * 9)
@@ -34,6 +36,7 @@ class Meter(sf.Progress):
         self._stage: str | None = None
         self._began = time.perf_counter()
         self._windows: list[list[Any]] = []
+        self._says = os.environ.get("RANK", "0") == "0"
         self.peaks: dict[str, tuple[float | None, float | None]] = {}
 
     def stage(self, name: str | None) -> None:
@@ -49,12 +52,13 @@ class Meter(sf.Progress):
         peak, before = harness.peaks_gib(self._device), self.peaks.get(stage)
         self.peaks[stage] = peak if before is None or None in peak else tuple(map(max, peak, before))
         seconds = time.perf_counter() - self._began
-        if seconds > 0.05:
+        if seconds > 0.05 and self._says:
             memory = "" if peak[0] is None else f", peak {peak[0]:.1f} GiB allocated, {peak[1]:.1f} reserved"
             print(f"  {stage}: {seconds:.2f} s{memory}", flush=True)
 
     def window(self, index: int, count: int, calls: int) -> None:
-        print(f"  window {index + 1} of {count}: {calls} rows", flush=True)
+        if self._says:
+            print(f"  window {index + 1} of {count}: {calls} rows", flush=True)
         self._windows.append([self._clock.mark()])
 
     def step(self) -> None:
@@ -88,13 +92,13 @@ class Prepared:
             self.pipe.checkpoint.text_weights()  # random ones take long to make, which is no part of the text stage
         meter = Meter(self.device)
         if self._warm_up is not None:
-            print("warm-up, one step:", flush=True)
+            self._say("warm-up, one step:")
             first, _ = self._render(self._warm_up, meter)
             # What a pipeline does once it has done now, in the order in which a command does it.
             once = {stage: (first.timings[stage], meter.peaks[stage]) for stage in ("text", "load")}
             meter = Meter(self.device)
             _empty_cache(self.device)
-        print("timed:", flush=True)
+        self._say("timed:")
         result, total_s = self._render(self._plan, meter)
         if not all(latents.isfinite().all() for latents in result.latents):
             raise RuntimeError("the latents are not finite: their time means nothing")
@@ -105,13 +109,35 @@ class Prepared:
             "attention": self.pipe.attention,
             **self._steps(meter),
             "text_s": timings["text"] if encodes_text else None,
-            "vae_encode_s": self._encode(meter),
-            "vae_decode_s": timings["decode"],
+            "vae_encode_s": self._encode(meter) if self._leads else None,
+            "vae_decode_s": timings.get("decode"),
             "load_s": timings["load"],
             "total_s": total_s + (timings["text"] if once else -timings["load"]),
             "stages_s": timings,
             **self._memory(meter),
+            **self._shared(meter),
         }
+
+    def close(self) -> None:
+        """Of several processes, all leave together."""
+        if self.pipe.world is not None:
+            self.pipe.world.close()
+
+    @property
+    def _leads(self) -> bool:
+        return self.pipe.world is None or self.pipe.world.leads
+
+    def _say(self, text: str) -> None:
+        if self._leads:
+            print(text, flush=True)
+
+    def _shared(self, meter: Meter) -> dict[str, Any]:
+        """How several processes shared the work, and each one's peaks while denoising."""
+        if self.pipe.world is None:
+            return {}
+        layout = self.pipe.layout(self._plan)
+        peaks = self.pipe.world.each(meter.peaks["denoise"])
+        return {"layout": "x".join(map(str, layout)), "ranks_peak_gib": peaks}
 
     def _render(self, plan: sf.Plan, meter: Meter) -> tuple[sf.pipeline.Result, float]:
         start = time.perf_counter()
@@ -189,6 +215,8 @@ def prepare(work: Work, args: argparse.Namespace, device: torch.device) -> Prepa
 
 def _pipeline(work: Work, args: argparse.Namespace, device: torch.device) -> sf.Pipeline:
     options = {"offload": args.offload, "mode": work.kind, "attention": args.attention}
+    if args.gpus > 1:
+        options["degrees"] = Degrees(args.ulysses_degree, args.ring_degree, args.cfg_parallel)
     if args.weights is not None:
         return sf.Pipeline.from_pretrained(args.weights, device, work.dtype, **options)
     checkpoint = RandomCheckpoint.of(work.model, work.mode, device, work.dtype, text=args.with_text)

@@ -7,14 +7,16 @@ forward by others, in the same process: rows that share their run_id were measur
 
 s_per_step and ms_per_forward are medians over the rows of the schedule, each window's first left out (means where rows
 differ in their work: TeaCache, staggered causal blocks, several windows). total_s: all but the loading, which takes for
-random weights as long as they take to make. Several GPUs: torchrun --nproc_per_node=N -m benchmarks.video --gpus N …
+random weights as long as they take to make.
+
+Several GPUs: torchrun --nproc_per_node=N -m benchmarks.video --gpus N …; layout is ulysses x ring x guidance branches,
+ms_per_forward half of a step with two branches even where they run at once, ranks_peak_gib the peaks of each process.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -25,6 +27,7 @@ import torch
 from benchmarks import floor, harness, peers
 from benchmarks.models import MODELS, MODES, Work
 from skyreels_fast.config import PIXEL_MULTIPLE, RESOLUTIONS
+from skyreels_fast.parallel import require
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # fmt: off
@@ -101,8 +104,8 @@ def _gpus(asked: int, device: torch.device) -> int:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if asked != world:
         raise ValueError(f"--gpus {asked}, but {world} processes: start it with torchrun --nproc_per_node={asked} -m …")
-    if asked > 1 and importlib.util.find_spec("skyreels_fast.parallel") is None:
-        raise ValueError(f"--gpus {asked}: this build of skyreels_fast has no skyreels_fast.parallel, it runs on one")
+    if asked > 1:
+        require(device)
     return asked
 
 
@@ -129,6 +132,9 @@ def parser() -> argparse.ArgumentParser:
     add("--no_warm_up", action="store_true")
     add("--peer", action="append", choices=peers.PEERS, default=[], help="may be given twice")
     add("--gpus", type=int, default=1)
+    add("--ulysses_degree", type=int)
+    add("--ring_degree", type=int)
+    add("--cfg_parallel", action=argparse.BooleanOptionalAction, help="default: with an even number of GPUs")
     add("--device", type=torch.device, help="default: cuda where there is one")
     add("--out", type=Path, help="default: benchmarks/results/video.jsonl, on a GPU")
     return result
@@ -138,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure what was asked for. Raises ValueError for what cannot be run."""
     from benchmarks import ours
 
-    device = args.device or harness.default_device()
+    device = harness.own_device(args.device or harness.default_device())
     gpus, work = _gpus(args.gpus, device), work_of(args, device)
     least = floor.forward_ms(work.config, work.grid, work.block if work.causal else None, gpu=harness.gpu_name(device))
     prepared = ours.prepare(work, args, device)
@@ -148,9 +154,10 @@ def run(args: argparse.Namespace) -> int:
         print(harness.provenance(device))
         print(f"plan: {prepared.describe()}; {work.tokens} tokens; peers: {', '.join(args.peer) or 'none'}", flush=True)
     given = {"gpus": gpus, "offload": args.offload, "attention_asked": args.attention}
-    given |= {"floor_ms": least, "weights": "files" if args.weights else "random"}
+    given |= {"floor_ms": least and least / gpus, "weights": "files" if args.weights else "random"}
     rows = [row_of("skyreels_fast", work, prepared.measure(), device, **given)]
     harness.append(out, rows[0])
+    prepared.close()
     del prepared
     failed = False
     for peer in args.peer if chief else ():

@@ -64,7 +64,8 @@ def _work(pipe: Connection, store: Path, rank: int, size: int, function: Callabl
             "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
         )
         pipe.send_bytes(pickle.dumps((True, function(rank, *args))))  # tensors by value, not by shared memory
-        dist.barrier()
+        if dist.is_initialized():
+            dist.barrier()
     except BaseException:
         pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
     finally:

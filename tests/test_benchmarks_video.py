@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from processes import together
 
 from benchmarks import floor, harness, models, ours, peers, video
 
@@ -96,6 +98,18 @@ def test_video_modes(mode: list[str], rows: int, tmp_path: Path):
         "async": (1, 1), "causal": (3, 0), "t2v": (None, 0), "i2v": (None, 0)
     }[mode[0]]  # fmt: skip
     assert (row["stages_s"]["encode"] > 0.01) == (mode[0] == "i2v")
+
+
+def _of_two(rank: int, file: Path) -> int:
+    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank)}
+    return video.main([*TOY, "--no_warm_up", "--gpus", "2", "--ulysses_degree", "2", "--out", str(file)])
+
+
+def test_several_processes_make_one_row(tmp_path: Path):
+    assert together(2, _of_two, tmp_path / "video.jsonl") == [0, 0]
+    (row,) = harness.read(tmp_path / "video.jsonl")
+    assert (row["gpus"], row["layout"], len(row["ranks_peak_gib"])) == (2, "2x1x1", 2)
+    assert row["ms_per_forward"] > 0 and row["vae_encode_s"] > 0
 
 
 def test_few_steps_keep_all_blocks_under_way():

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import skyreels_fast as sf
-from skyreels_fast import cli, media
+from skyreels_fast import media
 from skyreels_fast.conditions import History, load_pictures
 from skyreels_fast.config import TEACACHE_COEFFICIENTS, TransformerConfig
 from skyreels_fast.parallel import Degrees, choose_layout

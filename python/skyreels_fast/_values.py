@@ -154,7 +154,9 @@ def own_device(name: str) -> str:
         raise UsageError(f"--device {name}: with --use_usp each process has a GPU of its own; give cuda, or cpu")
     processes, devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if processes > devices:
-        raise UsageError(f"--use_usp: {processes} processes for {devices} GPUs; start at most {devices} on this machine")
+        raise UsageError(
+            f"--use_usp: {processes} processes for {devices} GPUs; start at most {devices} on this machine"
+        )
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
 
 

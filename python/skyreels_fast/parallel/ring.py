@@ -64,9 +64,7 @@ def _pass_on(
     return coming, dist.batch_isend_irecv(exchange)
 
 
-def _attend(
-    q: Tensor, held: Tensor, own: int, length: int, block_frames: int | None, backend: str | None
-) -> Partial:
+def _attend(q: Tensor, held: Tensor, own: int, length: int, block_frames: int | None, backend: str | None) -> Partial:
     """(result, log-sum-exp) over the keys and values in hand, which have `length` tokens a frame where q has `own`."""
     k, v = held
     if block_frames is None:

@@ -95,7 +95,5 @@ def to_tokens(out: Tensor, members: Sequence[int], place: int, group: dist.Proce
         sent = torch.cat([part.flatten(0, 1) for part in by_member])
     rows = frames * members[place]
     got = sent.new_empty(parts * rows, *sent.shape[1:])
-    dist.all_to_all_single(
-        got, sent.contiguous(), [rows] * parts, [frames * length for length in members], group=group
-    )
+    dist.all_to_all_single(got, sent.contiguous(), [rows] * parts, [frames * length for length in members], group=group)
     return got.unflatten(0, (parts, rows)).permute(2, 1, 0, 3, 4).flatten(2, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -102,6 +103,12 @@ class World:
         dist.all_reduce(number, dist.ReduceOp.MIN, group=self._control)
         return int(number)
 
+    def each(self, value: T) -> list[T]:
+        """The values of all processes, by rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._control)
+        return values
+
     def wait(self) -> None:
         """Until all are here."""
         dist.barrier(group=self._control)
@@ -138,9 +145,13 @@ def _torch_groups(layout: Layout) -> Groups:
 
 
 def _xfuser_groups(world: World, layout: Layout) -> Groups:
+    """Those that xfuser makes, in the same places as `_torch_groups`."""
+    if layout.sequence == 1:
+        return Groups(None, None)
     from xfuser.core.distributed import get_sp_group, init_distributed_environment, initialize_model_parallel
     from xfuser.core.distributed.parallel_state import destroy_model_parallel, model_parallel_is_initialized
 
+    logging.getLogger("xfuser").setLevel(logging.WARNING)
     if model_parallel_is_initialized():
         destroy_model_parallel()
     init_distributed_environment(world_size=world.size, rank=world.rank, local_rank=world.device.index or 0)
@@ -151,8 +162,6 @@ def _xfuser_groups(world: World, layout: Layout) -> Groups:
         ring_degree=layout.ring,
     )
     found = get_sp_group()
-    if layout.sequence > 1 and not hasattr(found, "ulysses_group"):
+    if not hasattr(found, "ulysses_group"):
         raise RuntimeError("xfuser makes no Ulysses and ring groups without yunchang: pip install yunchang")
-    return Groups(
-        found.ulysses_group if layout.ulysses > 1 else None, found.ring_group if layout.ring > 1 else None
-    )
+    return Groups(found.ulysses_group if layout.ulysses > 1 else None, found.ring_group if layout.ring > 1 else None)
