@@ -16,7 +16,8 @@ from fake_pipeline import decoded, sidecar
 from skyreels_fast import cli
 
 ROOT = Path(__file__).parents[1]
-SMALL = [
+TINY = ["--device", "cpu", "--model_id", "tiny"]
+SMALL = [*TINY, "--height", "48", "--width", "80", "--base_num_frames", "9", "--overlap_history", "5", "--seed", "3"]
     "--device",
     "cpu",
     "--model_id",
@@ -106,7 +107,7 @@ def test_refusals(environment: dict[str, str], flags: str, message: str, monkeyp
     monkeypatch.chdir(tmp_path)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert cli.generate_video_df([*["--device", "cpu", "--model_id", "tiny"], *flags.split()]) == 2
+    assert cli.generate_video_df([*TINY, *flags.split()]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and message in lines[0]
     assert not list(tmp_path.iterdir())

@@ -72,7 +72,7 @@ def test_equal_to_one_process(name: str, way: str, models: Path, alone) -> None:
     size, degrees = WAYS[way]
     results = together(size, _golden, models, degrees, name)
     expected = alone(name)
-    for latents, frames in results:
+    for latents, _ in results:
         assert len(latents) == len(expected.latents)
         for own, one in zip(latents, expected.latents, strict=True):
             assert rel_l2(own, one) < 1e-5

@@ -296,7 +296,7 @@ def _mode(checkpoint: Checkpoint, asked: str | None) -> str | None:
 
 
 def _spare_bytes(device: torch.device, team: Team) -> int | None:
-    """GPU memory that every process may fill for speed alone, with a tenth of it left for all else; None: without limit."""
+    """GPU memory that every process may fill for speed alone, a tenth of it left for all else; None: without limit."""
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
