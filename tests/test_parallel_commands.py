@@ -18,21 +18,6 @@ from skyreels_fast import cli
 ROOT = Path(__file__).parents[1]
 TINY = ["--device", "cpu", "--model_id", "tiny"]
 SMALL = [*TINY, "--height", "48", "--width", "80", "--base_num_frames", "9", "--overlap_history", "5", "--seed", "3"]
-    "--device",
-    "cpu",
-    "--model_id",
-    "tiny",
-    "--height",
-    "48",
-    "--width",
-    "80",
-    "--base_num_frames",
-    "9",
-    "--overlap_history",
-    "5",
-    "--seed",
-    "3",
-]
 
 
 def torchrun(directory: Path, count: int, *flags: str) -> subprocess.Popen:
