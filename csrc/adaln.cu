@@ -20,17 +20,12 @@
 namespace skyreels_fast {
 namespace {
 
-// Elements to a load: 16 bytes of scale or shift, which are most of what a row reads, though from the first-level
-// cache; with 8 to a load a warp would read every other 16 bytes, at half that cache's rate.
+// Elements to a load: 16 bytes of scale and shift, which are most of what a row reads, though from the first-level
+// cache. With 8 a warp's load would take every other 16 bytes of them, at half that cache's rate.
 constexpr int kWidth = 4;
-// Of a row, held by a lane from the load to the store. A row of up to 1536 is one warp's, which then meets no barrier;
-// a longer one takes more warps.
-constexpr int kElements = 48;
 constexpr int kRowsOfBlock = 4;  // where a row is one warp's
-// Four blocks of six warps bring the compiler down to 80 registers: 24 rows of one warp a multiprocessor.
-constexpr int kMinBlocks = 4;
 
-template <int kElements>
+template <int kElements>  // of a row, held by a thread from the load to the store
 constexpr int kMaxWarps = (kAdalnMaxDim + 32 * kElements - 1) / (32 * kElements);
 
 template <typename X, typename Y>
@@ -46,14 +41,13 @@ struct Call {
 
 // The row's total in all of its threads. Two calls in a row must not share `of_warp`: the barrier of one parts the
 // other's reads from its next writes.
-template <int kWarps>
-__device__ float row_sum(float value, float (&of_warp)[kWarps]) {
-  const auto warp_sum = [](float sum) {
+template <int kWidth, int kWarps>
+__device__ float row_sum(const float (&values)[kWidth], float (&of_warp)[kWarps]) {
+  float value = values[0];
 #pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-    return sum;
-  };
-  value = warp_sum(value);
+  for (int k = 1; k < kWidth; ++k) value += values[k];
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
   const int warps = blockDim.x / 32;
   if (warps == 1) return value;
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
@@ -69,8 +63,8 @@ __device__ void load(const float* from, float (&to)[kWidth]) {
   Elements<float, kWidth>::template load<false>(from).get(to);
 }
 
-// Blocks are (threads of a row, rows).
-template <int kWidth, int kElements, int kMinBlocks, typename X, typename Y>
+// Blocks are (threads of a row, rows). kFull: dim is what the row's threads hold, so that no column is compared to it.
+template <int kWidth, int kElements, int kMinBlocks, bool kFull, typename X, typename Y>
 __global__ void __launch_bounds__(32 * std::max(kRowsOfBlock, kMaxWarps<kElements>), kMinBlocks)
     norm_kernel(const Call<X, Y> call) {
   constexpr int kPacks = kElements / kWidth;
@@ -83,7 +77,7 @@ __global__ void __launch_bounds__(32 * std::max(kRowsOfBlock, kMaxWarps<kElement
   const auto for_each_pack = [&](auto use) {
 #pragma unroll
     for (int j = 0; j < kPacks; ++j) {
-      if (first + j * 32 * kWidth < call.dim) use(j, j * 32 * kWidth);
+      if (kFull || first + j * 32 * kWidth < call.dim) use(j, j * 32 * kWidth);
     }
   };
   Elements<X, kWidth> x[kPacks] = {};
@@ -92,19 +86,19 @@ __global__ void __launch_bounds__(32 * std::max(kRowsOfBlock, kMaxWarps<kElement
     x[j] = Elements<X, kWidth>::template load<true>(from + offset);
   });
 
-  float total = 0.0f, squares = 0.0f;
+  float totals[kWidth] = {}, squares[kWidth] = {};
 #pragma unroll
   for (int j = 0; j < kPacks; ++j) {
     x[j].get(values[j]);
 #pragma unroll
-    for (const float value : values[j]) total += value;  // past the row's end they are 0
+    for (int k = 0; k < kWidth; ++k) totals[k] += values[j][k];  // past the row's end they are 0
   }
-  const float mean = row_sum(total, of_warp[0]) * call.inverse_dim;
+  const float mean = row_sum(totals, of_warp[0]) * call.inverse_dim;
   for_each_pack([&](int j, int) {
 #pragma unroll
-    for (float& value : values[j]) {
-      value -= mean;
-      squares += value * value;
+    for (int k = 0; k < kWidth; ++k) {
+      values[j][k] -= mean;
+      squares[k] += values[j][k] * values[j][k];
     }
   });
   const float factor = rsqrtf(row_sum(squares, of_warp[1]) * call.inverse_dim + call.eps);
@@ -143,12 +137,12 @@ __global__ void __launch_bounds__(32 * std::max(kRowsOfBlock, kMaxWarps<kElement
   }
 }
 
-template <int kWidth, int kElements, int kMinBlocks, typename X, typename Y>
+template <int kWidth, int kElements, int kMinBlocks, bool kFull, typename X, typename Y>
 void launch(const Call<X, Y>& call, cudaStream_t stream, const char* where) {
   const int warps = (call.dim + 32 * kElements - 1) / (32 * kElements);
   const dim3 threads(32 * warps, warps == 1 ? kRowsOfBlock : 1);
   const unsigned blocks = (call.tokens + threads.y - 1) / threads.y;
-  norm_kernel<kWidth, kElements, kMinBlocks><<<blocks, threads, 0, stream>>>(call);
+  norm_kernel<kWidth, kElements, kMinBlocks, kFull><<<blocks, threads, 0, stream>>>(call);
   check_cuda(cudaGetLastError(), where);
 }
 
@@ -224,7 +218,12 @@ void norm_scale_shift(const Rows& out, const Rows& x, const Rows* scale, const R
                             static_cast<int>(dim),
                             1.0f / static_cast<float>(dim),
                             eps};
-      const auto run = is_of_packs(given, dim) ? launch<kWidth, kElements, kMinBlocks, X, Y> : launch<1, kElements, 1, X, Y>;
+      // A warp takes a row of 1536, and meets no barrier; four take one of 5120. Four blocks a multiprocessor, of as
+      // many warps as the longest row takes, bring the compiler down to 80 registers and 24 warps.
+      const auto run = !is_of_packs(given, dim) ? launch<1, 48, 1, false, X, Y>
+                       : dim % (32 * 48) == 0   ? launch<kWidth, 48, 4, true, X, Y>
+                       : dim % (32 * 40) == 0   ? launch<kWidth, 40, 4, true, X, Y>
+                                                : launch<kWidth, 48, 4, false, X, Y>;
       run(call, reinterpret_cast<cudaStream_t>(stream), where);
     });
   });
