@@ -8,7 +8,6 @@ import sys
 import types
 from pathlib import Path
 
-import imageio_ffmpeg
 import pytest
 from PIL import Image
 
@@ -95,6 +94,8 @@ def picture(tmp_path):
 
 
 def decoded(path) -> int:
+    import imageio_ffmpeg
+
     exe = imageio_ffmpeg.get_ffmpeg_exe()
     done = subprocess.run([exe, "-i", str(path), "-f", "null", "-"], capture_output=True, text=True)
     found = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("frame=")]
