@@ -76,7 +76,7 @@ class SelfAttention(_Attention):
 
 
 class CrossAttention(_Attention):
-    """x [B, L, D] to [B, L, D]: called as diffusers' attention, with a Context in place of the concatenation of both."""
+    """x [B, L, D] to [B, L, D]: called as diffusers' attention, with a Context in place of its concatenation."""
 
     def __call__(
         self,
