@@ -1,4 +1,7 @@
-"""The peers' forward on the same work: diffusers' SkyReels-V2 transformer, as it comes and with its blocks compiled."""
+"""The peers' forward on the same work: diffusers' SkyReels-V2 transformer, as it comes, compiled, and on our ops.
+
+diffusers-compiled: with its blocks compiled. diffusers-accelerated: with our ops under it, eager.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from benchmarks.models import Work, random_tensor
 from skyreels_fast.dit.model import IMAGE_DIM
 from skyreels_fast.sampling.timesteps import timestep_matrix, timestep_schedule
 
-PEERS = ("diffusers", "diffusers-compiled")
+PEERS = ("diffusers", "diffusers-compiled", "diffusers-accelerated")
 _CUDNN = "_native_cudnn"
 
 
@@ -41,7 +44,7 @@ def measure(peer: str, work: Work, device: torch.device, *, shift: float = 8.0) 
     compiled = peer == "diffusers-compiled"
     torch._dynamo.reset()
     model = transformer(work, device)
-    attention = _set_attention(model, device)
+    attention = _accelerate(model, device) if peer == "diffusers-accelerated" else _set_attention(model, device)
     if compiled:
         model.compile_repeated_blocks(dynamic=False)
     forward = forward_of(model, work, device, shift)
@@ -122,3 +125,12 @@ def _set_attention(model: nn.Module, device: torch.device) -> str:
         return "sdpa"
     model.set_attention_backend(_CUDNN)
     return "cudnn"
+
+
+def _accelerate(model: nn.Module, device: torch.device) -> str:
+    """Our ops under it, and the backend of attention that they take here."""
+    from benchmarks.ours import attention_name
+    from skyreels_fast.integrations.diffusers import accelerate
+
+    accelerate(model)
+    return attention_name(device)

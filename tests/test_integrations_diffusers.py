@@ -191,6 +191,19 @@ def test_lora_layers_are_called(case: str, when: str) -> None:
     assert rel_l2(out, expected) <= 1e-5 < rel_l2(plain, expected)
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_peft_adapters_and_their_scale(scale: float) -> None:
+    peft = pytest.importorskip("peft")
+    model, given = CASES["wan-t2v"]()
+    plain = sample(accelerate(model), given)
+    layers = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=layers, init_lora_weights=False))
+    given["attention_kwargs"] = {"scale": scale}
+    out = sample(model, given)
+    expected = sample(restore(model), given)
+    assert rel_l2(out, expected) <= 1e-5 < rel_l2(plain, expected)
+
+
 def test_fused_projections_are_used() -> None:
     model, given = CASES["wan-i2v"]()
     expected = sample(model, given)
@@ -243,6 +256,29 @@ def test_hooks_stay_in_force(hook: str, when: str, asked: list) -> None:
     with model.cache_context("theirs"):
         theirs = sample(model, given)
     assert rel_l2(out, theirs) <= 1e-5 and len(asked) == 3 * len(model.blocks)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("kind", ["sequential", "by-block", "by-leaf", "by-leaf-streamed"])
+def test_offloading_from_a_gpu(kind: str, when: str) -> None:
+    model, given = CASES["wan-i2v"]()
+    expected = sample(model, given)
+
+    def offload(model: nn.Module) -> None:
+        if kind == "sequential":
+            pytest.importorskip("accelerate").cpu_offload(model, execution_device=torch.device("cuda"))
+            return
+        options = {"offload_type": "block_level", "num_blocks_per_group": 1}
+        if kind.startswith("by-leaf"):
+            options = {"offload_type": "leaf_level", "use_stream": kind.endswith("streamed")}
+        model.enable_group_offload(onload_device=torch.device("cuda"), **options)
+
+    for step in [offload, accelerate] if when == "before" else [accelerate, offload]:
+        step(model)
+    for _ in range(2):  # streams learn the order of the layers in the first call
+        out = sample(model, cast(given, torch.float32, "cuda"))
+        assert rel_l2(out.cpu(), expected) < 1e-3  # the GPU's convolution may be TF32
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
