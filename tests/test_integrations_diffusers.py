@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from types import SimpleNamespace
 
@@ -318,6 +319,16 @@ def test_gradients_are_theirs(checkpointing: bool) -> None:
         # A key's bias moves all scores of a query alike: its gradient is zero, and rounding is all there is of it.
         if not name.endswith("to_k.bias"):
             assert rel_l2(mine, theirs) < 1e-3, name
+
+
+@pytest.mark.parametrize("made", [sky, wan])
+def test_signatures_are_theirs(made) -> None:
+    model = accelerate(made(num_layers=1))
+    for module in (model, model.blocks[0]):
+        mine, theirs = (
+            list(inspect.signature(forward).parameters) for forward in (module.forward, type(module).forward)
+        )
+        assert mine[: len(theirs) - 1] == theirs[1:]  # Wan's block knows no causal blocks
 
 
 def test_what_is_returned_is_theirs() -> None:
