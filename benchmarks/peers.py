@@ -17,6 +17,7 @@ from benchmarks import harness
 from benchmarks.floor import IMAGE_TOKENS
 from benchmarks.models import Work, random_tensor
 from skyreels_fast.dit.model import IMAGE_DIM
+from skyreels_fast.ops import choose_attention
 from skyreels_fast.sampling.timesteps import timestep_matrix, timestep_schedule
 
 PEERS = ("diffusers", "diffusers-compiled", "diffusers-accelerated")
@@ -44,7 +45,8 @@ def measure(peer: str, work: Work, device: torch.device, *, shift: float = 8.0) 
     compiled = peer == "diffusers-compiled"
     torch._dynamo.reset()
     model = transformer(work, device)
-    attention = _accelerate(model, device) if peer == "diffusers-accelerated" else _set_attention(model, device)
+    accelerated = peer == "diffusers-accelerated"
+    attention = _accelerate(model, device, work.dtype) if accelerated else _set_attention(model, device)
     if compiled:
         model.compile_repeated_blocks(dynamic=False)
     forward = forward_of(model, work, device, shift)
@@ -127,10 +129,9 @@ def _set_attention(model: nn.Module, device: torch.device) -> str:
     return "cudnn"
 
 
-def _accelerate(model: nn.Module, device: torch.device) -> str:
+def _accelerate(model: nn.Module, device: torch.device, dtype: torch.dtype) -> str:
     """Our ops under it, and the backend of attention that they take here."""
-    from benchmarks.ours import attention_name
     from skyreels_fast.integrations.diffusers import accelerate
 
     accelerate(model)
-    return attention_name(device)
+    return choose_attention(None, device, dtype)

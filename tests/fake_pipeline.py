@@ -38,8 +38,8 @@ class Plan(SimpleNamespace):
 
 class Pipeline:
     @classmethod
-    def from_pretrained(cls, path, device="cuda", dtype=None, offload=False, mode=None):
-        opened.append((path, device, dtype, offload, mode))
+    def from_pretrained(cls, path, device="cuda", dtype=None, offload=False, mode=None, attention=None):
+        opened.append((path, device, dtype, offload, mode, attention))
         if error_at_open: raise error_at_open
         pipe = cls()
         pipe.mode = mode or "t2v"

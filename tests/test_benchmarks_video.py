@@ -172,7 +172,7 @@ def test_the_accelerated_peer_does_the_same_work_on_our_ops(options: list[str], 
     with torch.inference_mode():
         torch.manual_seed(0)
         theirs = peers.forward_of(model, work, CPU, 8.0)()
-        peers._accelerate(model, CPU)
+        peers._accelerate(model, CPU, work.dtype)
         tokens, attend = [], _diffusers_block.attention
 
         def spy(q: torch.Tensor, *rest: torch.Tensor, **options) -> torch.Tensor:

@@ -192,6 +192,18 @@ def test_lora_layers_are_called(case: str, when: str) -> None:
     assert rel_l2(out, expected) <= 1e-5 < rel_l2(plain, expected)
 
 
+def test_gelu_is_fused_into_plain_layers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = []
+    monkeypatch.setattr(_diffusers_block, "linear_gelu", lambda x, *_: fused.append(1) or x.repeat(1, 1, 3)[..., :224])
+    model, given = CASES["wan-t2v"]()
+    expected = sample(model, given)
+    sample(accelerate(model), given)
+    assert len(fused) == len(model.blocks)
+    for block in model.blocks:
+        block.ffn.net[0].proj.register_forward_hook(lambda module, args, out: out)
+    assert rel_l2(sample(model, given), expected) <= 1e-5 and len(fused) == len(model.blocks)
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 def test_peft_adapters_and_their_scale(scale: float) -> None:
     peft = pytest.importorskip("peft")
@@ -411,7 +423,7 @@ def test_refusals_are_one_line_and_change_nothing(given, message: str) -> None:
 
 
 def test_unknown_attention_is_refused() -> None:
-    with pytest.raises(ValueError, match="attention 'xformers' is not available here, only "):
+    with pytest.raises(ValueError, match="there is no backend 'xformers'; give one of fa3"):
         accelerate(wan(num_layers=1), attention="xformers")
 
 

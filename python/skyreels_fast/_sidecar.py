@@ -67,6 +67,8 @@ def describe_run(program: str, args: argparse.Namespace, settings: Settings) -> 
     """All that is known of a run before it starts; `args` with its device and dtype filled in."""
     import torch
 
+    from .ops import choose_attention
+
     on_gpu = torch.device(args.device).type == "cuda"
     return {
         "settings": {field.name: _plain(getattr(settings, field.name)) for field in dataclasses.fields(settings)},
@@ -74,6 +76,7 @@ def describe_run(program: str, args: argparse.Namespace, settings: Settings) -> 
         "device": torch.cuda.get_device_name(args.device) if on_gpu else platform.processor() or platform.machine(),
         "dtype": args.dtype,
         "offload": args.offload,
+        "attention": choose_attention(args.attention, args.device, getattr(torch, args.dtype)),
         "versions": {
             "python": platform.python_version(),
             "torch": str(torch.__version__),

@@ -116,6 +116,7 @@ def _open(program: str, mode: str, args: argparse.Namespace, request: Request) -
         dtype=getattr(torch, args.dtype),
         offload=args.offload,
         mode=mode,
+        attention=args.attention,
     )
     plan = pipe.plan(request)
     original = plan.settings.prompt

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import media
+from . import media, ops
 from .checkpoint import Checkpoint
 from .conditions import Conditions, History, image_channels, load_pictures
 from .config import LATENT_CHANNELS, MODES, VAE_STRIDE
@@ -47,9 +48,18 @@ class Pipeline:
     """One model directory, ready to render requests. Make it with `from_pretrained`."""
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, offload: bool, mode: str | None
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        offload: bool,
+        mode: str | None,
+        attention: str | None = None,
     ) -> None:
         self.checkpoint, self.device, self.dtype, self.mode = checkpoint, device, dtype, mode
+        self.attention = ops.choose_attention(attention, device, dtype)
+        self._attend = partial(ops.attention, backend=attention)
         self.placement = Placement(device, offload=offload)
         self.conditions = Conditions(checkpoint, self.placement, dtype)
         self._dit: DiT | None = None
@@ -63,12 +73,14 @@ class Pipeline:
         dtype: torch.dtype = torch.bfloat16,
         offload: bool = False,
         mode: str | None = None,
+        attention: str | None = None,
     ) -> Pipeline:
         """Open a model directory, hub id, or "tiny" (the bundled model); weights are read when first needed.
 
         Args:
             mode: "df" (diffusion forcing) or "t2v", which an image-to-video model runs as "i2v"; None takes what the
                 model was made for. Where nothing in the directory tells, requests do: "df" where they ask for it.
+            attention: the backend of `ops.attention`; None: the fastest that the device has.
 
         Raises:
             ValueError: the directory is unknown or incomplete, a tensor is missing, unknown or misshapen,
@@ -77,12 +89,13 @@ class Pipeline:
         device = torch.device(device)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f'device="{device}": PyTorch finds no CUDA device here; give device="cpu"')
+        ops.choose_attention(attention, device, dtype)
         checkpoint = Checkpoint.open(path_or_id)
         checkpoint.require("vae")
         with torch.device("meta"):
             checkpoint.check_transformer(DiT(checkpoint.config))
             checkpoint.check_vae(_vae_of(checkpoint))
-        return cls(checkpoint, device, dtype, offload=offload, mode=_mode(checkpoint, mode))
+        return cls(checkpoint, device, dtype, offload=offload, mode=_mode(checkpoint, mode), attention=attention)
 
     def plan(self, request: Request) -> Plan:
         """Fill in the model's defaults and lay out the windows; nothing is loaded. Raises ValueError on bad input."""
@@ -157,6 +170,9 @@ class Pipeline:
                     teacache=self._teacache(settings),
                     causal_block_size=settings.causal_block_size if settings.causal_attention else None,
                     blocks=self.placement.blocks(dit),
+                    attend=self._attend,
+                    attend_context=self._attend,
+                    past_bytes=_spare_bytes(self.device),
                     on_step=lambda _row: progress.step(),
                 )[:, :, : window.latents]
             result.latents.append(latents)
@@ -224,6 +240,15 @@ def _mode(checkpoint: Checkpoint, asked: str | None) -> str | None:
     if mode == "i2v" and not takes_image:
         raise ValueError(f"{checkpoint.name} is no image-to-video model and cannot run as 'i2v'")
     return "i2v" if takes_image else mode
+
+
+def _spare_bytes(device: torch.device) -> int | None:
+    """GPU memory that may be filled for speed alone, with a tenth of it left for all else; None: without limit."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(0, free + cached - total // 10)
 
 
 def _vae_of(checkpoint: Checkpoint) -> VAE:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from skyreels_fast.integrations._forwards import Replacement
 from skyreels_fast.ops import (
     attention,
+    linear_gelu,
     norm_scale_shift,
     qk_norm,
     qk_norm_rope3d,
@@ -38,6 +39,23 @@ class NormWeights(Replacement):
             return weights
         # Hooks take the weights away again when this returns.
         return tuple(None if weight is None else weight.clone() for weight in weights)
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether its weight and bias say all that it does: no LoRA, no quantised weight, no hook."""
+    watched = "forward" in linear.__dict__ or linear._forward_hooks or linear._forward_pre_hooks
+    plain = type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and linear.bias is not None
+    return plain and not watched
+
+
+class LinearGelu(Replacement):
+    """What opens the feed-forward, [..., D] to [..., H]; in one product where its linear layer is a plain one."""
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        linear = self.module.proj
+        if _is_plain(linear) and hidden_states.dtype == linear.weight.dtype:
+            return linear_gelu(hidden_states, linear.weight, linear.bias)
+        return self.module.gelu(linear(hidden_states))
 
 
 class _Attention(Replacement):
@@ -141,6 +159,9 @@ def replacements(block: nn.Module, backend: str | None) -> Iterator[Replacement]
     yield Block(block)
     yield SelfAttention(self_attention, backend)
     yield CrossAttention(cross_attention, backend)
+    opening = block.ffn.net[0]
+    if getattr(opening, "approximate", None) == "tanh":
+        yield LinearGelu(opening)
     norms = [attn_norm for attn in (self_attention, cross_attention) for attn_norm in (attn.norm_q, attn.norm_k)]
     norms += [block.norm2, getattr(cross_attention, "norm_added_k", None)]
     yield from (NormWeights(norm) for norm in norms if norm is not None and not isinstance(norm, nn.Identity))

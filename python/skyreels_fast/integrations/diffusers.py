@@ -4,11 +4,12 @@ The models stay diffusers' own, with their weights, names, configs and hooks; wh
 
 - modulation stays a row a latent frame; it is not expanded to tokens, nor causal blocks to a mask;
 - gate, residual, norm and modulation are one pass, with a float32 residual within a block;
-- the norm of queries and keys and their rotary positions are one pass, the positions computed from the grid.
+- the norm of queries and keys and their rotary positions are one pass, the positions computed from the grid;
+- the feed-forward's first product applies GELU too.
 
-Every linear layer is called as the module that it is, so LoRA, quantised layers, offloading and layerwise casting work
-as before. Keys and values of the text are computed at every call, as diffusers does: they are a hundredth of the
-tokens, and no key made of tensors tells that a LoRA was fused into the weights in between.
+A linear layer that is more than a plain one is called as the module that it is, so LoRA, quantised layers, offloading
+and layerwise casting work as before. Keys and values of the text are computed at every call, as diffusers does: they
+are a hundredth of the tokens, and no key made of tensors tells that a LoRA was fused into the weights in between.
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ from torch import Tensor, nn
 
 from skyreels_fast.integrations._diffusers_block import Context, Grid, replacements
 from skyreels_fast.integrations._forwards import Replacement, check_replaceable, install, remove
-from skyreels_fast.ops import norm_scale_shift
-from skyreels_fast.ops.attention import BACKENDS
+from skyreels_fast.ops import choose_attention, norm_scale_shift
 
 Subject = TypeVar("Subject")
 
@@ -199,6 +199,12 @@ def _check(model: nn.Module) -> None:
                 raise ValueError(f"{name}: blocks.{index}.{label} has a {processor.__name__}, which would be passed by")
 
 
+def _device(model: nn.Module) -> torch.device:
+    """Where it will run: offloaded weights, and those not moved yet, are on the CPU now."""
+    now = next(model.parameters()).device
+    return torch.device("cuda") if now.type in ("cpu", "meta") and torch.cuda.is_available() else now
+
+
 def _replacements(model: nn.Module, forward: type[_Transformer], backend: str | None = None) -> list[Replacement]:
     return [forward(model), *(one for block in model.blocks for one in replacements(block, backend))]
 
@@ -214,12 +220,11 @@ def accelerate(pipe_or_transformer: Subject, *, attention: str | None = None) ->
     Raises ValueError for other models, attention processors that are not the model's own, models split over devices,
     and a backend that is not there; ImportError where diffusers is not installed.
     """
-    if attention is not None and attention not in BACKENDS:
-        raise ValueError(f"attention {attention!r} is not available here, only {', '.join(BACKENDS)}")
     models = _transformers(pipe_or_transformer)
     wanted = []
     for model, forward in models.items():
         _check(model)
+        choose_attention(attention, _device(model), model.dtype)
         wanted += _replacements(model, forward, attention)
     for replacement in wanted:
         check_replaceable(replacement.module)
