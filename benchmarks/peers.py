@@ -51,9 +51,8 @@ def measure(peer: str, work: Work, device: torch.device, *, shift: float = 8.0) 
         model.compile_repeated_blocks(dynamic=False)
     forward = forward_of(model, work, device, shift)
     with torch.inference_mode():
-        for _ in range(2 if compiled else 1):
-            if not forward().isfinite().all():
-                raise RuntimeError(f"{peer} gave values that are not finite: its time means nothing")
+        if not forward().isfinite().all():
+            raise RuntimeError(f"{peer} gave values that are not finite: its time means nothing")
         harness.reset_peaks(device)
         timing = harness.measure(forward, device, budget_s=10, repeats=(3, 10), warm_up=1, flush=False)
     allocated, reserved = harness.peaks_gib(device)

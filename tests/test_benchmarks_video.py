@@ -97,7 +97,6 @@ def test_video_modes(mode: list[str], rows: int, tmp_path: Path):
     assert (row["causal_block_size"], row["ar_step"]) == {
         "async": (1, 1), "causal": (3, 0), "t2v": (None, 0), "i2v": (None, 0)
     }[mode[0]]  # fmt: skip
-    assert (row["stages_s"]["encode"] > 0.01) == (mode[0] == "i2v")
 
 
 def test_few_steps_keep_all_blocks_under_way():
