@@ -74,6 +74,7 @@ def describe_run(program: str, args: argparse.Namespace, settings: Settings) -> 
         "device": torch.cuda.get_device_name(args.device) if on_gpu else platform.processor() or platform.machine(),
         "dtype": args.dtype,
         "offload": args.offload,
+        "vram": args.vram,
         "versions": {
             "python": platform.python_version(),
             "torch": str(torch.__version__),

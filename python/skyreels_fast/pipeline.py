@@ -14,6 +14,7 @@ from .checkpoint import Checkpoint
 from .conditions import Conditions, History, image_channels, load_pictures
 from .config import LATENT_CHANNELS, MODES, VAE_STRIDE
 from .dit.model import Context, DiT
+from .footprint import GIB, Footprint, check_vram
 from .placement import Placement
 from .plan import Plan
 from .request import Request, Settings, resolve
@@ -47,10 +48,19 @@ class Pipeline:
     """One model directory, ready to render requests. Make it with `from_pretrained`."""
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, offload: bool, mode: str | None
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        offload: bool,
+        mode: str | None,
+        vram: float | None = None,
     ) -> None:
+        check_vram(vram, device, offload)
         self.checkpoint, self.device, self.dtype, self.mode = checkpoint, device, dtype, mode
-        self.placement = Placement(device, offload=offload)
+        self.offload, self.vram = offload, vram
+        self.placement = Placement(device, offload=offload, vram_bytes=None if vram is None else int(vram * GIB))
         self.conditions = Conditions(checkpoint, self.placement, dtype)
         self._dit: DiT | None = None
         self._vae: VAE | None = None
@@ -63,26 +73,31 @@ class Pipeline:
         dtype: torch.dtype = torch.bfloat16,
         offload: bool = False,
         mode: str | None = None,
+        vram: float | None = None,
     ) -> Pipeline:
         """Open a model directory, hub id, or "tiny" (the bundled model); weights are read when first needed.
 
         Args:
+            offload: weights stay in host memory, and each block of the transformer comes to the GPU as it is needed.
+            vram: GiB of GPU memory to keep to while denoising: as many blocks stay there as fit, the others come as
+                with `offload`.
             mode: "df" (diffusion forcing) or "t2v", which an image-to-video model runs as "i2v"; None takes what the
                 model was made for. Where nothing in the directory tells, requests do: "df" where they ask for it.
 
         Raises:
             ValueError: the directory is unknown or incomplete, a tensor is missing, unknown or misshapen,
-                or the model cannot run in `mode`; or there is no such device.
+                or the model cannot run in `mode`; or there is no such device; or `vram` is no budget for it.
         """
         device = torch.device(device)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f'device="{device}": PyTorch finds no CUDA device here; give device="cpu"')
+        check_vram(vram, device, offload)
         checkpoint = Checkpoint.open(path_or_id)
         checkpoint.require("vae")
         with torch.device("meta"):
             checkpoint.check_transformer(DiT(checkpoint.config))
             checkpoint.check_vae(_vae_of(checkpoint))
-        return cls(checkpoint, device, dtype, offload=offload, mode=_mode(checkpoint, mode))
+        return cls(checkpoint, device, dtype, offload=offload, mode=_mode(checkpoint, mode), vram=vram)
 
     def plan(self, request: Request) -> Plan:
         """Fill in the model's defaults and lay out the windows; nothing is loaded. Raises ValueError on bad input."""
@@ -97,7 +112,27 @@ class Pipeline:
         plan = Plan.of(settings, source_frames)
         self.conditions.check(settings, plan.guided)
         self._teacache(settings)
+        if self.vram is not None:
+            self.footprint(plan).check(self.vram)
         return plan
+
+    def footprint(self, plan: Plan) -> Footprint:
+        """What denoising the plan needs of GPU memory."""
+        with torch.device("meta"):
+            dit = DiT(self.checkpoint.config)
+        teacache = plan.settings.teacache
+        return Footprint.of(dit, self.dtype, plan.tokens, 1 + plan.guided, teacache=teacache)
+
+    def memory_note(self, plan: Plan, *, full: bool = False) -> str | None:
+        """One line where the GPU has less memory than the plan needs, or, with `full`, in any case; None otherwise."""
+        if self.device.type != "cuda":
+            return None
+        free, total = torch.cuda.mem_get_info(self.device)
+        needs, how = self.footprint(plan), {"offload": self.offload, "vram": self.vram}
+        if not full and needs.needed(**how) <= total:
+            return None
+        frames_flag = "--base_num_frames" if plan.settings.mode == "df" else "--num_frames"
+        return needs.advice(**how, total=total, free=free, frames_flag=frames_flag)
 
     def __call__(self, request: Request | Plan, stream: bool = False, progress: Progress | None = None) -> Result:
         """Render a request, or the plan of one.
@@ -127,6 +162,7 @@ class Pipeline:
         with clock("load"):
             dit, vae = self._load()
         contexts: list[Context] = []
+        beside = 0 if self.vram is None else self.footprint(plan).beside
         noise, condition_noise = (torch.Generator(self.device).manual_seed(settings.seed + i) for i in (0, 1))
         history = History(settings.overlap_history or 0)
 
@@ -139,7 +175,7 @@ class Pipeline:
                 prefix, end = self._given(vae, window, pictures, history)
                 channels = image_channels(vae, pictures["image"], window.latents) if settings.mode == "i2v" else None
             progress.window(index, len(plan.windows), plan.calls[index])
-            with clock("denoise"), self.placement.use(dit):
+            with clock("denoise"), self.placement.use(dit, beside=beside):
                 contexts = contexts or [dit.encode_context(text.to(self.device), image) for text in texts]
                 latents = denoise(
                     dit,
