@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import torch
 from skyreels_fast.request import resolve
 
-opened = []
+opened, budgets = [], []
 loaded = []
 DEFAULTS = {"height": 64, "width": 96, "num_frames": 17, "base_num_frames": 17, "inference_steps": 2}
 error_at_open = error_at_plan = error_at_chunk = None
@@ -39,6 +39,7 @@ class Plan(SimpleNamespace):
 class Pipeline:
     @classmethod
     def from_pretrained(cls, path, device="cuda", dtype=None, offload=False, mode=None, vram=None):
+        budgets.append(vram)
         opened.append((path, device, dtype, offload, mode))
         if error_at_open: raise error_at_open
         pipe = cls()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import weakref
@@ -35,10 +36,8 @@ class PinnedBuffer:
         except (OSError, ValueError) as error:
             raise HostMemoryError(f"{nbytes / GIB:.1f} GiB of host memory cannot be had ({error})") from error
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            try:
+            with contextlib.suppress(OSError):  # a kernel without them
                 pages.madvise(mmap.MADV_HUGEPAGE)
-            except OSError:
-                pass  # a kernel without them
         self.data: Tensor = torch.frombuffer(pages, dtype=torch.uint8)[:nbytes]
 
     def pin(self, device: torch.device) -> bool:
@@ -46,6 +45,8 @@ class PinnedBuffer:
         runtime, address = torch.cuda.cudart(), self.data.data_ptr()
         with torch.cuda.device(device):
             if int(runtime.cudaHostRegister(address, self.data.nbytes, 0)) != 0:
+                with contextlib.suppress(RuntimeError):
+                    torch.zeros(1, device=device)  # the runtime reports the refusal once more, to the next launch
                 return False
         weakref.finalize(self, runtime.cudaHostUnregister, address).atexit = False
         return True

@@ -103,6 +103,8 @@ class Reader:
 
     def __init__(self, device: torch.device | str, threads: int | None = None) -> None:
         self._device = torch.device(device)
+        if self._device.type == "cuda" and self._device.index is None:
+            self._device = torch.device("cuda", torch.cuda.current_device())  # threads have one of their own
         self._pool = ThreadPoolExecutor(threads or _threads(), thread_name_prefix="weights")
         self._local = threading.local()
         self._lanes: list[_Lane] = []
