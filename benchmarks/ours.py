@@ -189,7 +189,7 @@ def prepare(work: Work, args: argparse.Namespace, device: torch.device) -> Prepa
 
 
 def _pipeline(work: Work, args: argparse.Namespace, device: torch.device) -> sf.Pipeline:
-    options = {"offload": args.offload, "mode": work.kind}
+    options = {"offload": args.offload, "vram": args.vram, "mode": work.kind}
     if args.attention is not None:
         if "attention" not in inspect.signature(sf.Pipeline.__init__).parameters:
             raise ValueError(f"--attention {args.attention}: this build's pipeline has no choice of attention")

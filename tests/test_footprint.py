@@ -62,7 +62,8 @@ def test_offloading_takes_two_blocks() -> None:
 def test_advice_names_the_flags_that_help() -> None:
     needs, card = footprint("14B"), {"total": 24 * GIB, "free": 23 * GIB, "frames_flag": "--base_num_frames"}
     said = needs.advice(offload=False, vram=None, **card)
-    assert said.startswith("denoising needs about 34.5 GiB of GPU memory, the GPU has 24.0 GiB (23.0 free): try --vram 23")
+    assert said.startswith("denoising needs about 34.5 GiB of GPU memory, the GPU has 24.0 GiB (23.0 free): try --vram")
+    assert "--vram 23 (as many" in said
     assert "--offload (about 9.6 GiB)" in said and said.endswith("or fewer --base_num_frames")
     assert "--offload" not in needs.advice(offload=True, vram=None, **card)
     assert "a smaller --vram (9.6 GiB or more)" in needs.advice(offload=False, vram=22, **card)

@@ -103,7 +103,7 @@ class Placement:
                     tensor.data = host
 
     def blocks(self, dit: nn.Module) -> Iterable[nn.Module]:
-        """The DiT's blocks in order, each on the device while it is the current one; to be iterated in every forward."""
+        """The DiT's blocks in order, each on the device while it is the current one; to iterate in every forward."""
         streamed = self._streamed.get(dit)
         return dit.blocks if streamed is None else streamed.stream
 

@@ -97,9 +97,8 @@ class _Layer:
 
     @torch.inference_mode(False)
     def _parameters(self, flat: Tensor | None) -> list[nn.Parameter]:
-        shapes = [piece.rows.shape for piece in self.pieces]
-        views = self.views(flat) if flat is not None else [torch.empty(s, dtype=self.dtype, device="meta") for s in shapes]
-        return [nn.Parameter(view, requires_grad=False) for view in views]
+        flat = torch.empty(self.numel, dtype=self.dtype, device="meta") if flat is None else flat
+        return [nn.Parameter(view, requires_grad=False) for view in self.views(flat)]
 
     def forget(self) -> None:
         """Leave the device: its buffers may go."""
@@ -150,8 +149,9 @@ class _Reading:
 class Stream:
     """Layers that run in order, over and over: at most two at a time on the device, save those kept there.
 
-    Between `open` and `close`, iterate it, or have the work on each layer stand between `take` and `done`. Outside, the parameters of a layer
-    are views of its pinned buffer on the host; of one that is read from its files, on the meta device.
+    Between `open` and `close`, iterate it, or have the work on each layer stand between `take` and `done`. Outside, the
+    parameters of a layer are views of its pinned buffer on the host; of one that is read from its files, on the meta
+    device.
 
     Args:
         layers: modules, and their parameters' data by name.

@@ -1,7 +1,8 @@
 """Weights into host and device memory: several reads in flight, no second copy on the host.
 
-A tensor that is mapped from a file is read from that file, chunk by chunk, by threads: into pinned memory and from there
-to the device on a stream of the thread's own, where it is also cast. Page faults would bring one thread 4 KiB at a time.
+A tensor that is mapped from a file is read from that file, chunk by chunk, by threads: into pinned memory and from
+there to the device on a stream of the thread's own, where it is also cast. Page faults would bring one thread 4 KiB at
+a time.
 """
 
 from __future__ import annotations
