@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import resource
 import time
 from dataclasses import replace
@@ -103,7 +102,7 @@ class Prepared:
         for stage, (seconds, peak) in once.items():
             timings[stage], meter.peaks[stage] = seconds, peak
         return {
-            "attention": attention_name(self.device),
+            "attention": self.pipe.attention,
             **self._steps(meter),
             "text_s": timings["text"] if encodes_text else None,
             "vae_encode_s": self._encode(meter),
@@ -189,11 +188,7 @@ def prepare(work: Work, args: argparse.Namespace, device: torch.device) -> Prepa
 
 
 def _pipeline(work: Work, args: argparse.Namespace, device: torch.device) -> sf.Pipeline:
-    options = {"offload": args.offload, "vram": args.vram, "mode": work.kind}
-    if args.attention is not None:
-        if "attention" not in inspect.signature(sf.Pipeline.__init__).parameters:
-            raise ValueError(f"--attention {args.attention}: this build's pipeline has no choice of attention")
-        options["attention"] = args.attention
+    options = {"offload": args.offload, "vram": args.vram, "mode": work.kind, "attention": args.attention}
     if args.weights is not None:
         return sf.Pipeline.from_pretrained(args.weights, device, work.dtype, **options)
     checkpoint = RandomCheckpoint.of(work.model, work.mode, device, work.dtype, text=args.with_text)
@@ -232,8 +227,3 @@ def _request(work: Work, text_dim: int) -> sf.Request:
 def _empty_cache(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def attention_name(device: torch.device) -> str:
-    """The backend that self-attention takes here when none is asked for."""
-    return "sdpa"

@@ -8,7 +8,6 @@ import sys
 import types
 from pathlib import Path
 
-import imageio_ffmpeg
 import pytest
 from PIL import Image
 
@@ -38,9 +37,9 @@ class Plan(SimpleNamespace):
 
 class Pipeline:
     @classmethod
-    def from_pretrained(cls, path, device="cuda", dtype=None, offload=False, mode=None, vram=None):
+    def from_pretrained(cls, path, device="cuda", dtype=None, offload=False, mode=None, vram=None, attention=None):
         budgets.append(vram)
-        opened.append((path, device, dtype, offload, mode))
+        opened.append((path, device, dtype, offload, mode, attention))
         if error_at_open: raise error_at_open
         pipe = cls()
         pipe.mode = mode or "t2v"
@@ -99,6 +98,8 @@ def picture(tmp_path):
 
 
 def decoded(path) -> int:
+    import imageio_ffmpeg
+
     exe = imageio_ffmpeg.get_ffmpeg_exe()
     done = subprocess.run([exe, "-i", str(path), "-f", "null", "-"], capture_output=True, text=True)
     found = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("frame=")]

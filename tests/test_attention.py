@@ -8,7 +8,8 @@ from conftest import rel_l2
 from torch import Tensor
 
 from skyreels_fast import ops
-from skyreels_fast.ops.attention import attention_cost, attention_ref
+from skyreels_fast.ops import _attention_backends
+from skyreels_fast.ops.attention import attention_cost, attention_ref, choose_attention
 
 BACKENDS = ("sdpa", "ref")
 # batch, queries, keys, heads, head size
@@ -58,6 +59,15 @@ def test_causal_blocks_are_the_mask(block_tokens: int, backend: str) -> None:
     q, k, v = draw(SIZES[0])
     out = ops.attention(q, k, v, block_tokens=block_tokens, backend=backend)
     assert rel_l2(out, masked(q, k, v, block_mask(24, block_tokens))) < 2e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("first", [4, 6, 10, 12, 23])
+def test_queries_may_be_the_last_of_the_keys(first: int, backend: str) -> None:
+    """From a block's start, from within one, and in the last block alone."""
+    q, k, v = draw(SIZES[0])
+    whole = masked(q, k, v, block_mask(24, 6))
+    assert rel_l2(ops.attention(q[:, first:], k, v, block_tokens=6, backend=backend), whole[:, first:]) < 2e-6
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -120,8 +130,10 @@ def test_compiles_whole() -> None:
 
 def test_errors_name_the_values() -> None:
     q = torch.zeros(1, 6, 2, 8)
-    with pytest.raises(ValueError, match=r"backend 'nope'.*sdpa, ref"):
+    with pytest.raises(ValueError, match=r"backend 'nope'.*fa3, .*sdpa, ref"):
         ops.attention(q, q, q, backend="nope")
+    with pytest.raises(ValueError, match="'fa3' is not available here: it needs a CUDA device, not cpu"):
+        ops.attention(q, q, q, backend="fa3")
     with pytest.raises(ValueError, match=r"\[B, L, N, Dh\], not \[6, 2, 8\]"):
         ops.attention(q[0], q, q)
     with pytest.raises(ValueError, match=r"k \[1, 5, 2, 8\], v \[1, 6, 2, 8\]"):
@@ -132,7 +144,7 @@ def test_errors_name_the_values() -> None:
         ops.attention(q, q, q.half())
     with pytest.raises(ValueError, match="at least 1, not 0"):
         ops.attention(q, q, q, block_tokens=0)
-    with pytest.raises(ValueError, match="not 5 and 6"):
+    with pytest.raises(ValueError, match="not 5 for 6"):
         ops.attention(q, q[:, :5], q[:, :5], block_tokens=2)
 
 
@@ -142,3 +154,44 @@ def test_cost_counts_what_is_seen() -> None:
     blocks = attention_cost((1, 20, 2, 8), 20, block_tokens=4)
     assert blocks == (dense[0], 4 * int(block_mask(20, 4).sum()) * 16)
     assert attention_cost((1, 20, 2, 8), 20, block_tokens=7)[1] == 4 * int(block_mask(20, 7).sum()) * 16
+    part = attention_cost((1, 9, 2, 8), 20, block_tokens=7)
+    assert part[1] == 4 * int(block_mask(20, 7)[11:].sum()) * 16
+
+
+def test_choice_is_checked_before_it_is_used() -> None:
+    for name in (None, "sdpa"):
+        assert choose_attention(name, "cpu", torch.bfloat16) == "sdpa"
+    with pytest.raises(ValueError, match="no backend 'flash3'; give one of fa3, fa4, fa2, cudnn, flash, sdpa"):
+        choose_attention("flash3", "cpu", torch.float16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", [None, *_attention_backends.NAMES])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("size", [(1, 1000, 1000), (2, 130, 77), (1, 1, 512)])
+def test_gpu_backends(backend: str | None, head_dim: int, size: tuple[int, int, int]) -> None:
+    """Views of a fused projection in bfloat16; causal where there are as many keys as queries."""
+    if backend is not None and _attention_backends.missing(backend, torch.device("cuda")):
+        pytest.skip(f"{backend}: {_attention_backends.missing(backend, torch.device('cuda'))}")
+    batch, queries, keys = size
+    generator = torch.Generator("cuda").manual_seed(head_dim)
+    fused = torch.randn(batch, max(queries, keys), 3, 4, head_dim, generator=generator, device="cuda")
+    q, k, v = fused.bfloat16().unbind(2)
+    q, k, v = q[:, :queries], k[:, :keys], v[:, :keys]
+    for block_tokens in (None, 300) if queries == keys else (None,):
+        out = ops.attention(q, k, v, block_tokens=block_tokens, backend=backend)
+        low = attention_ref(q, k, v, block_tokens=block_tokens, math_dtype=torch.bfloat16).double()
+        exact = attention_ref(q.double(), k.double(), v.double(), block_tokens=block_tokens, math_dtype=torch.float64)
+        assert out.shape == q.shape and out.dtype == torch.bfloat16
+        error, rough = (out.double() - exact).abs(), (low - exact).abs()
+        slack = exact.abs().amax((-2, -1)) * 2**-8
+        assert bool((error.amax((-2, -1)) <= 2 * rough.amax((-2, -1)) + slack).all())
+        assert torch.equal(out, ops.attention(q, k, v, block_tokens=block_tokens, backend=backend))
+
+
+@pytest.mark.gpu
+def test_gpu_falls_back_for_what_the_libraries_do_not_take() -> None:
+    q, k, v = (x.cuda() for x in draw(SIZES[2]))
+    assert rel_l2(ops.attention(q, k, v).cpu(), masked(q.cpu(), k.cpu(), v.cpu())) < 1e-5
+    with pytest.raises(ValueError, match="takes float16 and bfloat16, not torch.float32; use 'sdpa'"):
+        ops.attention(q, k, v, backend="cudnn")

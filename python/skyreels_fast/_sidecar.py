@@ -67,6 +67,8 @@ def describe_run(program: str, args: argparse.Namespace, settings: Settings) -> 
     """All that is known of a run before it starts; `args` with its device and dtype filled in."""
     import torch
 
+    from .ops import choose_attention
+
     on_gpu = torch.device(args.device).type == "cuda"
     return {
         "settings": {field.name: _plain(getattr(settings, field.name)) for field in dataclasses.fields(settings)},
@@ -75,6 +77,7 @@ def describe_run(program: str, args: argparse.Namespace, settings: Settings) -> 
         "dtype": args.dtype,
         "offload": args.offload,
         "vram": args.vram,
+        "attention": choose_attention(args.attention, args.device, getattr(torch, args.dtype)),
         "versions": {
             "python": platform.python_version(),
             "torch": str(torch.__version__),

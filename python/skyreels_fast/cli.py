@@ -117,6 +117,7 @@ def _open(program: str, mode: str, args: argparse.Namespace, request: Request) -
         offload=args.offload,
         mode=mode,
         vram=args.vram,
+        attention=args.attention,
     )
     plan = pipe.plan(request)
     original = plan.settings.prompt

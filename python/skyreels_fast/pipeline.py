@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import media
+from . import media, ops
 from .checkpoint import Checkpoint
 from .conditions import Conditions, History, image_channels, load_pictures
 from .config import LATENT_CHANNELS, MODES, VAE_STRIDE
@@ -56,10 +57,13 @@ class Pipeline:
         offload: bool,
         mode: str | None,
         vram: float | None = None,
+        attention: str | None = None,
     ) -> None:
         check_vram(vram, device, offload)
         self.checkpoint, self.device, self.dtype, self.mode = checkpoint, device, dtype, mode
         self.offload, self.vram = offload, vram
+        self.attention = ops.choose_attention(attention, device, dtype)
+        self._attend = partial(ops.attention, backend=attention)
         self.placement = Placement(device, offload=offload, vram_bytes=None if vram is None else int(vram * GIB))
         self.conditions = Conditions(checkpoint, self.placement, dtype)
         self._dit: DiT | None = None
@@ -74,6 +78,7 @@ class Pipeline:
         offload: bool = False,
         mode: str | None = None,
         vram: float | None = None,
+        attention: str | None = None,
     ) -> Pipeline:
         """Open a model directory, hub id, or "tiny" (the bundled model); weights are read when first needed.
 
@@ -83,6 +88,7 @@ class Pipeline:
                 with `offload`.
             mode: "df" (diffusion forcing) or "t2v", which an image-to-video model runs as "i2v"; None takes what the
                 model was made for. Where nothing in the directory tells, requests do: "df" where they ask for it.
+            attention: the backend of `ops.attention`; None: the fastest that the device has.
 
         Raises:
             ValueError: the directory is unknown or incomplete, a tensor is missing, unknown or misshapen,
@@ -92,12 +98,14 @@ class Pipeline:
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f'device="{device}": PyTorch finds no CUDA device here; give device="cpu"')
         check_vram(vram, device, offload)
+        ops.choose_attention(attention, device, dtype)
         checkpoint = Checkpoint.open(path_or_id)
         checkpoint.require("vae")
         with torch.device("meta"):
             checkpoint.check_transformer(DiT(checkpoint.config))
             checkpoint.check_vae(_vae_of(checkpoint))
-        return cls(checkpoint, device, dtype, offload=offload, mode=_mode(checkpoint, mode), vram=vram)
+        options = {"offload": offload, "vram": vram, "attention": attention}
+        return cls(checkpoint, device, dtype, mode=_mode(checkpoint, mode), **options)
 
     def plan(self, request: Request) -> Plan:
         """Fill in the model's defaults and lay out the windows; nothing is loaded. Raises ValueError on bad input."""
@@ -193,6 +201,9 @@ class Pipeline:
                     teacache=self._teacache(settings),
                     causal_block_size=settings.causal_block_size if settings.causal_attention else None,
                     blocks=self.placement.blocks(dit),
+                    attend=self._attend,
+                    attend_context=self._attend,
+                    past_bytes=_spare_bytes(self.device),
                     on_step=lambda _row: progress.step(),
                 )[:, :, : window.latents]
             result.latents.append(latents)
@@ -260,6 +271,15 @@ def _mode(checkpoint: Checkpoint, asked: str | None) -> str | None:
     if mode == "i2v" and not takes_image:
         raise ValueError(f"{checkpoint.name} is no image-to-video model and cannot run as 'i2v'")
     return "i2v" if takes_image else mode
+
+
+def _spare_bytes(device: torch.device) -> int | None:
+    """GPU memory that may be filled for speed alone, with a tenth of it left for all else; None: without limit."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(0, free + cached - total // 10)
 
 
 def _vae_of(checkpoint: Checkpoint) -> VAE:

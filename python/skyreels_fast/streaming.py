@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from .host_memory import GIB, PinnedBuffer, pinnable_bytes
+from .host_memory import GIB, HostMemoryError, PinnedBuffer, pinnable_bytes
 from .transfer import Reader, Ready, Rows, Source, located
 
 logger = logging.getLogger(__name__)
@@ -286,7 +286,10 @@ class Stream:
                 layer = self._layers[index]
                 if pinnable_bytes(held) < layer.nbytes:
                     break
-                layer.hold_on_host(reader)
+                try:
+                    layer.hold_on_host(reader)
+                except HostMemoryError:
+                    break
                 held += layer.nbytes
                 if self._device.type == "cuda":
                     waiting.append((layer, pinner.submit(layer.pin, self._device)))

@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from skyreels_fast.config import TransformerConfig
-from skyreels_fast.ops import (
-    attention,
-    norm_scale_shift,
-    qk_norm,
-    qk_norm_rope3d,
-    scale_residual,
-    scale_residual_norm_scale_shift,
-)
+from skyreels_fast.dit.past import Past
+from skyreels_fast.dit.stream import Stream
+from skyreels_fast.ops import attention, linear_gelu, qk_norm, qk_norm_rope3d
 
-# Called as ops.attention: attend(q, k, v, block_tokens=...).
+# Called as ops.attention: attend(q, k, v, block_tokens=...), and for the context attend(q, k, v).
 Attend = Callable[..., Tensor]
 Grid = tuple[int, int, int]
 # One pair for the text and, in an I2V model, one for the image; each [B, n, N, Dh].
 KeysValues = tuple[tuple[Tensor, Tensor], ...]
+
+
+class Places(NamedTuple):
+    """Where in the video the tokens are that a call holds, and what they may attend to.
+
+    grid: (f, h, w) of the tokens, all shards of them together. block_tokens: None, or the tokens of a causal block.
+    token_range: which of the h * w tokens of each frame there are, in a shard. past: of earlier frames, if any.
+    """
+
+    grid: Grid
+    block_tokens: int | None = None
+    token_range: tuple[int, int] | None = None
+    past: Past | None = None
+
+    @property
+    def frame_offset(self) -> int:
+        return 0 if self.past is None else self.past.frames
 
 
 class HeadsNorm(nn.Module):
@@ -42,12 +55,16 @@ class SelfAttention(nn.Module):
         self.norm_q = HeadsNorm(dim)
         self.norm_k = HeadsNorm(dim)
 
-    def forward(
-        self, x: Tensor, grid: Grid, block_tokens: int | None, attend: Attend, token_range: tuple[int, int] | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, places: Places, index: int, attend: Attend) -> Tensor:
+        """x [B, L, D] of block `index` to [B, L, D]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        q, k = qk_norm_rope3d(q, k, self.norm_q.weight, self.norm_k.weight, grid, eps=self.eps, token_range=token_range)
-        return self.o(attend(q, k, v, block_tokens=block_tokens).flatten(2))
+        q, k = qk_norm_rope3d(
+            q, k, self.norm_q.weight, self.norm_k.weight, places.grid,
+            eps=self.eps, token_range=places.token_range, frame_offset=places.frame_offset,
+        )  # fmt: skip
+        if places.past is not None:
+            k, v = places.past.extend(index, k, v, places.grid[0])
+        return self.o(attend(q, k, v, block_tokens=places.block_tokens).flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -76,19 +93,27 @@ class CrossAttention(nn.Module):
         # The values are kept for many calls: a view would keep the keys' raw half with them.
         return qk_norm(k, norm.weight, eps=self.eps), v.contiguous()
 
-    def forward(self, x: Tensor, keys_values: KeysValues) -> Tensor:
+    def forward(self, x: Tensor, keys_values: KeysValues, attend: Attend) -> Tensor:
         q = qk_norm(self.q(x).unflatten(-1, (self.heads, -1)), self.norm_q.weight, eps=self.eps)
-        out = attention(q, *keys_values[0])
+        out = attend(q, *keys_values[0])
         for k, v in keys_values[1:]:
-            out = out + attention(q, k, v)
+            out = out + attend(q, k, v)
         return self.o(out.flatten(2))
 
 
-class Block(nn.Module):
-    """x [B, L, D] to x, with e0 [B, F', 6, D] float32: F' = 1, or a row for each latent frame.
+class FeedForward(nn.Sequential):
+    """Linear, GELU, Linear: [B, L, D] to [B, L, D]; the first two in one product."""
 
-    Between the sublayers the residual is float32; it is rounded to x's dtype once, at the end.
-    """
+    def __init__(self, config: TransformerConfig) -> None:
+        hidden = nn.Linear(config.dim, config.ffn_dim)
+        super().__init__(hidden, nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self[2](linear_gelu(x, self[0].weight, self[0].bias))
+
+
+class Block(nn.Module):
+    """Takes a stream of tokens one block on, with e0 [B, F', 6, D] float32: F' = 1, or a row for each latent frame."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -98,30 +123,23 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(config)
         self.norm3 = nn.LayerNorm(dim, eps=config.eps)
         self.cross_attn = CrossAttention(config)
-        self.ffn = nn.Sequential(
-            nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim)
-        )
+        self.ffn = FeedForward(config)
 
     def forward(
         self,
-        x: Tensor,
+        stream: Stream,
         e0: Tensor,
         keys_values: KeysValues,
-        grid: Grid,
+        places: Places,
+        index: int = 0,
         *,
-        block_tokens: int | None = None,
         attend: Attend = attention,
-        token_range: tuple[int, int] | None = None,
-    ) -> Tensor:
-        """grid: the (f, h, w) of all tokens; block_tokens: the causal blocks that `attend` is asked for;
-        token_range: which of the h * w tokens of each frame x holds, when it is a shard."""
-        rows = (self.modulation.float() + e0).unbind(2)
-        shift1, scale1, gate1, shift2, scale2, gate2 = rows
-        dtypes = {"residual_dtype": torch.promote_types(x.dtype, torch.float32), "out_dtype": x.dtype}
-        y = norm_scale_shift(x, scale1, shift1, eps=self.eps)
-        y = self.self_attn(y, grid, block_tokens, attend, token_range)
-        affine = (self.norm3.weight, self.norm3.bias)
-        total, y = scale_residual_norm_scale_shift(x, y, gate1, None, None, *affine, eps=self.eps, **dtypes)
-        y = self.cross_attn(y, keys_values)
-        total, y = scale_residual_norm_scale_shift(total, y, None, scale2, shift2, eps=self.eps, **dtypes)
-        return scale_residual(total, self.ffn(y), gate2, out_dtype=x.dtype)
+        attend_context: Attend = attention,
+    ) -> None:
+        """keys_values: of the context; index: of this block in the model, under which `places.past` keeps its own."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + e0).unbind(2)
+        y = stream.norm(scale1, shift1, eps=self.eps, rounded=True)
+        stream.add(self.self_attn(y, places, index, attend), gate1)
+        y = stream.norm(None, None, self.norm3.weight, self.norm3.bias, eps=self.eps)
+        stream.add(self.cross_attn(y, keys_values, attend_context))
+        stream.add(self.ffn(stream.norm(scale2, shift2, eps=self.eps)), gate2)

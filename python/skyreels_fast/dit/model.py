@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from skyreels_fast.config import TransformerConfig
-from skyreels_fast.dit.block import Attend, Block, Grid, KeysValues
+from skyreels_fast.dit.block import Attend, Block, Grid, KeysValues, Places
 from skyreels_fast.dit.embeddings import (
     ImageEmbedding,
     linear_fp32,
@@ -25,6 +25,8 @@ from skyreels_fast.dit.embeddings import (
     sinusoid,
     unpatch,
 )
+from skyreels_fast.dit.past import Past
+from skyreels_fast.dit.stream import Stream
 from skyreels_fast.ops import attention, norm_scale_shift
 
 IMAGE_DIM = 1280  # CLIP ViT-H/14 tokens
@@ -171,25 +173,31 @@ class DiT(nn.Module):
         causal_block_size: int | None = None,
         blocks: Iterable[Block] | None = None,
         attend: Attend | None = None,
+        attend_context: Attend | None = None,
         token_range: tuple[int, int] | None = None,
+        past: Past | None = None,
     ) -> Tensor:
         """x [B, L, D] through all blocks.
 
         causal_block_size: None, or the latent frames of a block that sees itself and the earlier ones only.
         blocks: the model's blocks in order, where not `self.blocks`; each is used before the next is asked for.
-        attend: self-attention, called as `ops.attention`. token_range: x holds these of the h * w tokens of each
-        frame, a shard; `grid` and the blocks that `attend` is asked for are the whole's. Raises ValueError for
-        values that do not fit.
+        attend, attend_context: self-attention and that to the context, called as `ops.attention`.
+        token_range: x holds these of the h * w tokens of each frame, a shard; `grid` and the blocks that `attend` is
+        asked for are the whole's. past: of the frames before those in x. Raises ValueError for values that do not fit.
         """
         if causal_block_size is not None and causal_block_size < 1:
             raise ValueError(f"causal_block_size must be at least 1, not {causal_block_size}")
         if context.text.shape[0] != x.shape[0]:
             raise ValueError(f"the context is for {context.text.shape[0]} videos, the latents are {x.shape[0]}")
         block_tokens = None if causal_block_size is None else causal_block_size * grid[1] * grid[2]
-        options = {"block_tokens": block_tokens, "attend": attend or attention, "token_range": token_range}
+        if past is not None and causal_block_size is None:
+            raise ValueError("keys and values are kept for causal attention alone: give causal_block_size")
+        places = Places(grid, block_tokens, token_range, past)
+        options = {"attend": attend or attention, "attend_context": attend_context or attention}
+        stream = Stream(x)
         for index, block in enumerate(self.blocks if blocks is None else blocks):
-            x = block(x, e0, context.keys_values(index, block), grid, **options)
-        return x
+            block(stream, e0, context.keys_values(index, block), places, index, **options)
+        return stream.total()
 
     def forward(
         self,

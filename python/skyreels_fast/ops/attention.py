@@ -4,27 +4,39 @@
 
 q: [B, Lq, N, Dh]; k, v: [B, Lk, N, Dh], of one dtype, which the result takes; the softmax is float32. Strides are free.
 With `block_tokens` the tokens stand in blocks of that many (the last may be short) and each sees its own block and the
-earlier ones: one dense call a block over the prefix of keys it sees, so no mask, and no work for what one would hide.
+earlier ones; the queries are the last Lq of the Lk tokens. One dense call a block over the prefix of keys it sees: no
+mask, and no work for what one would hide, so n equal blocks cost (n + 1) / 2n of dense attention.
+Backends: those of `_attention_backends`, the fastest that the device has by default.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
+from skyreels_fast.ops import _attention_backends as backends
+from skyreels_fast.ops._attention_backends import Dense
+from skyreels_fast.ops._dispatch import needs_grad
+
+BACKENDS = backends.NAMES
+
+
+def _blocks(queries: int, keys: int, block_tokens: int | None) -> list[tuple[int, int]]:
+    """(first, last + 1) of the queries that go together, among the keys: they see every key before last + 1."""
+    first = keys - queries
+    if block_tokens is None:
+        return [(first, keys)]
+    stops = [*range((first // block_tokens + 1) * block_tokens, keys, block_tokens), keys]
+    return list(zip([first, *stops], stops, strict=False))
 
 
 def _by_prefix(dense: Dense, q: Tensor, k: Tensor, v: Tensor, block_tokens: int | None) -> Tensor:
-    tokens = q.shape[1]
-    if block_tokens is None or block_tokens >= tokens:
+    first = k.shape[1] - q.shape[1]
+    blocks = _blocks(q.shape[1], k.shape[1], block_tokens)
+    if len(blocks) == 1:
         return dense(q, k, v)
-    stops = [min(start + block_tokens, tokens) for start in range(0, tokens, block_tokens)]
-    blocks = q.split(block_tokens, dim=1)
-    return torch.cat([dense(block, k[:, :stop], v[:, :stop]) for block, stop in zip(blocks, stops, strict=True)], dim=1)
+    outs = [dense(q[:, start - first : stop - first], k[:, :stop], v[:, :stop]) for start, stop in blocks]
+    return torch.cat(outs, dim=1)
 
 
 def attention_ref(
@@ -55,24 +67,9 @@ def attention_cost(
     if block_tokens is None:
         pairs = queries * keys
     else:
-        starts = range(0, queries, block_tokens)
-        stops = [min(start + block_tokens, queries) for start in starts]
-        pairs = sum((stop - start) * stop for start, stop in zip(starts, stops, strict=True))
+        pairs = sum((stop - start) * stop for start, stop in _blocks(queries, keys, block_tokens))
     channels = batch * heads * head_dim
     return 2 * (queries + keys) * channels * itemsize, 4 * pairs * channels
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out = functional.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return out.transpose(1, 2)
-
-
-def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, *, block_tokens: int | None = None) -> Tensor:
-    """`attention` through torch's scaled_dot_product_attention."""
-    return _by_prefix(_sdpa, q, k, v, block_tokens)
-
-
-BACKENDS = {"sdpa": attention_sdpa, "ref": attention_ref}
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, block_tokens: int | None) -> None:
@@ -88,8 +85,39 @@ def _check(q: Tensor, k: Tensor, v: Tensor, block_tokens: int | None) -> None:
         return
     if block_tokens < 1:
         raise ValueError(f"attention: block_tokens must be at least 1, not {block_tokens}")
-    if q.shape[1] != k.shape[1]:
-        raise ValueError(f"attention: causal blocks need as many keys as queries, not {k.shape[1]} and {q.shape[1]}")
+    if q.shape[1] > k.shape[1]:
+        raise ValueError(f"attention: causal blocks need a key for each query, not {k.shape[1]} for {q.shape[1]}")
+
+
+def choose_attention(name: str | None, device: torch.device | str, dtype: torch.dtype) -> str:
+    """The backend for tensors of `dtype` on `device`: `name`, checked, or where it is None the fastest there is.
+
+    Raises ValueError for a backend that is unknown or not there, saying what it needs, or does not take the dtype.
+    """
+    device, taken = torch.device(device), dtype in backends.DTYPES
+    if name is None:
+        return backends.preferred(device) if taken else "sdpa"
+    if name not in BACKENDS:
+        raise ValueError(f"attention: there is no backend {name!r}; give one of {', '.join(BACKENDS)}")
+    reason = backends.missing(name, device)
+    if reason is not None:
+        present = [other for other in BACKENDS if backends.missing(other, device) is None]
+        raise ValueError(f"attention: backend {name!r} is not available here: {reason}; there is {', '.join(present)}")
+    if name in backends.LIBRARIES and not taken:
+        raise ValueError(f"attention: backend {name!r} takes float16 and bfloat16, not {dtype}; use 'sdpa'")
+    return name
+
+
+def _choose(backend: str | None, q: Tensor, k: Tensor, v: Tensor) -> str:
+    chosen = choose_attention(backend, q.device, q.dtype)
+    if chosen not in backends.LIBRARIES:
+        return chosen
+    if backend is None:
+        # Not every library has a backward; torch's own choice has.
+        return "sdpa" if backends.refusal(q) or needs_grad(q, k, v) else chosen
+    if backends.refusal(q):
+        raise ValueError(f"attention: backend {backend!r} {backends.refusal(q)}; use 'sdpa'")
+    return chosen
 
 
 def attention(
@@ -97,10 +125,12 @@ def attention(
 ) -> Tensor:
     """Attention of q [B, Lq, N, Dh] to k, v [B, Lk, N, Dh]: [B, Lq, N, Dh] in their dtype.
 
-    block_tokens: None for dense, else the size of the causal blocks (then Lq = Lk). backend: "sdpa" (the default) or
-    "ref". Raises ValueError for shapes or dtypes that do not fit, or a backend that is not there.
+    block_tokens: None for dense, else the size of the causal blocks; then the queries are the last Lq of the Lk tokens.
+    backend: "fa3", "fa4", "fa2", "cudnn", "flash", "sdpa" or "ref"; None: the fastest there is, "sdpa" for what the
+    libraries do not take. Raises ValueError for shapes or dtypes that do not fit, or a backend that is not there.
     """
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"attention: backend {backend!r} is not available here, only {', '.join(BACKENDS)}")
     _check(q, k, v, block_tokens)
-    return BACKENDS[backend or "sdpa"](q, k, v, block_tokens=block_tokens)
+    chosen = _choose(backend, q, k, v)
+    if chosen == "ref":
+        return attention_ref(q, k, v, block_tokens=block_tokens)
+    return _by_prefix(backends.dense(chosen), q, k, v, block_tokens)

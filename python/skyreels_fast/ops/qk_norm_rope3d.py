@@ -166,7 +166,7 @@ def _choose(name: str, backend: str | None, x: Tensor, *others: Tensor) -> str:
     taken = fits and x.dtype in _KERNEL_DTYPES
     if backend is None and (not taken or needs_grad(x, *others)):
         return "ref"
-    backend = choose(name, backend, x.device.type, opt_in=True)
+    backend = choose(name, backend, x.device.type)
     if backend != "ref" and not taken:
         raise ValueError(
             f"{name}: backend {backend!r} takes float32, float16 and bfloat16, heads of an even size up to "

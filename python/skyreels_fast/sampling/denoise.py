@@ -7,12 +7,16 @@ device.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from skyreels_fast.dit.past import Past
+
+from .spans import Span, causal_spans, whole_spans
 from .teacache import Residual, TeaCacheSettings, plan
 from .timesteps import Schedule
 from .unipc import UniPC
@@ -41,6 +45,8 @@ def denoise(
     causal_block_size: int | None = None,
     blocks: Iterable | None = None,
     attend: Callable[..., Tensor] | None = None,
+    attend_context: Callable[..., Tensor] | None = None,
+    past_bytes: int | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Denoise one window: latents [1,16,F,h,w] float32, noise with the given frames filled in → the same, clean.
@@ -55,8 +61,10 @@ def denoise(
         (1 - a/1000)·frame + a/1000·noise, the noise new in each row and from `noise_generator`; what is returned stays
         clean.
     extra_channels: [1,C,F,h,w], appended to the latents' channels in each call.
-    causal_block_size: attention is block-causal over so many frames; None: every frame sees every other.
-    blocks, attend: handed to `dit.run_blocks`, when given; `blocks` is iterated anew in each call.
+    causal_block_size: attention is block-causal over so many frames; None: every frame sees every other. Then blocks
+        that have not started are left out of a call, and of finished ones the keys and values are kept, if they fit
+        into past_bytes (None: however many) and TeaCache is off.
+    blocks, attend, attend_context: handed to `dit.run_blocks`, when given; `blocks` is iterated anew in each call.
     on_step: called with the row's number when its work has been queued.
 
     Raises ValueError when the schedule's columns are not the latents' frames, or addnoise is out of 0 to 1000 or has no
@@ -72,8 +80,11 @@ def denoise(
     latents = latents.float()
     timesteps = _timestep_rows(schedule, prefix if addnoise else 0, addnoise, latents.device)
     solver = UniPC(schedule, sigmas, latents.device, in_place=in_place)
-    computed = _computed_rows(dit, schedule, timesteps, fps, teacache)
-    options = {"causal_block_size": causal_block_size, "blocks": blocks, "attend": attend}
+    keep = teacache is None and _fits(dit, latents, past_bytes, branches=1 if uncond is None else 2)
+    spans = _spans(schedule, causal_block_size, keep=keep, noised=prefix if addnoise else 0)
+    computed = _computed_rows(dit, schedule, spans, timesteps, fps, teacache)
+    options = {"causal_block_size": causal_block_size, "blocks": blocks}
+    options |= {"attend": attend, "attend_context": attend_context}
     model = _Model(dit, cond, uncond, guidance_scale, fps, options)
     dtype = next(dit.parameters()).dtype
     if extra_channels is not None:
@@ -86,6 +97,7 @@ def denoise(
         window = window.to(dtype)
         if extra_channels is not None:
             window = torch.cat([window, extra_channels[:, :, start:stop]], dim=1)
+        model.enter(row, spans)
         keep = row + 1 < len(computed) and not computed[row + 1]
         velocity = model.velocity(window, timesteps[row : row + 1, start:stop], compute=computed[row], keep=keep)
         latents = solver.step(row, velocity, latents)
@@ -94,8 +106,17 @@ def denoise(
     return latents
 
 
+class _Branch:
+    """What a guidance branch keeps from one model call to the next."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.residual = Residual()
+        self.past: Past | None = None
+
+
 class _Model:
-    """The DiT with one window's contexts, each with a residual of its own."""
+    """The DiT with one window's contexts."""
 
     def __init__(
         self, dit: DiT, cond: Context, uncond: Context | None, guidance_scale: float, fps: int | None, options: dict
@@ -103,26 +124,55 @@ class _Model:
         self._dit, self._fps, self._scale = dit, fps, guidance_scale
         self._options = {name: value for name, value in options.items() if value is not None}
         contexts = (cond,) if uncond is None or guidance_scale == 1 else (cond, uncond)
-        self._branches = [(context, Residual()) for context in contexts]
+        self._branches = [_Branch(context) for context in contexts]
+        self._span: Span
+
+    def enter(self, row: int, spans: list[Span]) -> None:
+        """Go on to a row: its span, and what has been kept."""
+        self._span = spans[row]
+        if self._span.start == 0:
+            later = itertools.takewhile(lambda span: span.start > 0, spans[row + 1 :])
+            frames = max((span.stop for span in later), default=0)
+            for branch in self._branches:
+                branch.past = Past(max(frames, self._span.stop)) if frames else None
 
     def velocity(self, latents: Tensor, timestep: Tensor, *, compute: bool, keep: bool) -> Tensor:
-        """Guided velocity [1,16,f,h,w] float32; `compute` and `keep` as in `Residual.apply`."""
-        embedded = self._dit.embed(latents, timestep, self._fps)
-        velocities = [
-            self._branch(embedded, context, residual, compute=compute, keep=keep)
-            for context, residual in self._branches
-        ]
-        if len(velocities) == 1:
-            return velocities[0]
-        cond, uncond = velocities
-        return uncond + self._scale * (cond - uncond)
+        """Guided velocity [1,16,f,h,w] float32, zero out of the span; `compute`, `keep` as in `Residual.apply`."""
+        part = slice(self._span.start, self._span.stop)
+        embedded = self._dit.embed(latents[:, :, part], timestep[:, part], self._fps)
+        velocities = [self._branch(embedded, branch, compute=compute, keep=keep) for branch in self._branches]
+        velocity = velocities[0]
+        if len(velocities) == 2:
+            cond, uncond = velocities
+            velocity = uncond + self._scale * (cond - uncond)
+        if velocity.shape[2] == latents.shape[2]:
+            return velocity
+        whole = velocity.new_zeros(*velocity.shape[:2], *latents.shape[2:])
+        whole[:, :, part] = velocity
+        return whole
 
-    def _branch(self, embedded: Embedded, context: Context, residual: Residual, *, compute: bool, keep: bool) -> Tensor:
+    def _branch(self, embedded: Embedded, branch: _Branch, *, compute: bool, keep: bool) -> Tensor:
+        options = self._options if branch.past is None else {**self._options, "past": branch.past}
+
         def run(x: Tensor) -> Tensor:
-            return self._dit.run_blocks(x, embedded.e0, context, embedded.grid, **self._options)
+            return self._dit.run_blocks(x, embedded.e0, branch.context, embedded.grid, **options)
 
-        x = residual.apply(embedded.x, run, compute=compute, keep=keep)
+        x = branch.residual.apply(embedded.x, run, compute=compute, keep=keep)
+        if branch.past is not None:
+            branch.past.keep(self._span.fixed)
         return self._dit.head(x, embedded.e, embedded.grid).float()
+
+
+def _spans(schedule: Schedule, block: int | None, *, keep: bool, noised: int) -> list[Span]:
+    return whole_spans(schedule) if block is None else causal_spans(schedule, block, keep=keep, noised=noised)
+
+
+def _fits(dit: DiT, latents: Tensor, limit: int | None, branches: int) -> bool:
+    if limit is None:
+        return True
+    weight = next(dit.parameters())
+    tokens = latents.shape[2] * latents.shape[3] * latents.shape[4] // 4
+    return branches * Past.nbytes(dit.config.num_layers, tokens, dit.config.dim, weight.itemsize) <= limit
 
 
 def _timestep_rows(schedule: Schedule, noised: int, timestep: int, device: torch.device) -> Tensor:
@@ -141,7 +191,12 @@ def _with_noise(window: Tensor, given: int, addnoise: int, generator: torch.Gene
 
 
 def _computed_rows(
-    dit: DiT, schedule: Schedule, timesteps: Tensor, fps: int | None, settings: TeaCacheSettings | None
+    dit: DiT,
+    schedule: Schedule,
+    spans: list[Span],
+    timesteps: Tensor,
+    fps: int | None,
+    settings: TeaCacheSettings | None,
 ) -> list[bool]:
     """Whether each row runs the blocks, in both branches: they share their timesteps, so they share the choice."""
     intervals = schedule.interval
@@ -151,6 +206,7 @@ def _computed_rows(
         dit.time_embedding_of(timesteps[row : row + 1, start:stop], fps)[settings.use_ret_steps]
         for row, (start, stop) in enumerate(intervals)
     )
-    # A residual belongs to the frames it was computed for: none is reused once the interval has moved on.
-    moved = [row for row in range(1, len(intervals)) if intervals[row] != intervals[row - 1]]
+    # A residual belongs to the frames it was computed for: none is reused once there are others.
+    seen = list(zip(intervals, spans, strict=True))
+    moved = [row for row in range(1, len(seen)) if seen[row] != seen[row - 1]]
     return plan(signals, settings.coefficients, settings.threshold, settings.use_ret_steps, forced=moved)

@@ -1,0 +1,54 @@
+"""The residual stream of a DiT: a sum is left open until the next norm, which adds up in the pass it takes anyway."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from skyreels_fast.ops import norm_scale_shift, scale_residual, scale_residual_norm_scale_shift
+
+
+class Stream:
+    """Tokens [B, L, D] on their way through the blocks, `tokens` at first, in the model's dtype.
+
+    Within a block the sum is float32; at a block's end it is rounded to the model's dtype. What has been added up is
+    let go of at once.
+    """
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.dtype = tokens.dtype
+        self._residual = tokens
+        self._open: tuple[Tensor, Tensor | None] | None = None
+
+    def add(self, x: Tensor, gate: Tensor | None = None) -> None:
+        """Add gate * x (None: 1) at the next norm: x [B, L, D], gate [B, F', D] float32."""
+        self._open = (x, gate)
+
+    def norm(
+        self,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        *,
+        eps: float,
+        rounded: bool = False,
+    ) -> Tensor:
+        """The norm [B, L, D] of the sum, arguments as in `ops.norm_scale_shift`; the sum itself is kept `rounded`, or
+        in float32."""
+        affine = (scale, shift, weight, bias)
+        if self._open is None:
+            return norm_scale_shift(self._residual, *affine, eps=eps)
+        x, gate = self._open
+        kept = self.dtype if rounded else torch.promote_types(self.dtype, torch.float32)
+        self._residual, y = scale_residual_norm_scale_shift(
+            self._residual, x, gate, *affine, eps=eps, residual_dtype=kept, out_dtype=self.dtype
+        )
+        self._open = None
+        return y
+
+    def total(self) -> Tensor:
+        """The sum [B, L, D] in the model's dtype."""
+        if self._open is None:
+            return self._residual.to(self.dtype)
+        return scale_residual(self._residual, *self._open, out_dtype=self.dtype)
