@@ -18,7 +18,7 @@ from skyreels_fast.checkpoint import Checkpoint, CheckpointError, fill
 from skyreels_fast.encoders.text import TextEncoder
 from skyreels_fast.pipeline import DiT
 from skyreels_fast.placement import Placement
-from skyreels_fast.streaming import Stream, keepable, least_bytes, spread
+from skyreels_fast.streaming import WeightStream, keepable, least_bytes, spread
 
 SIZE = {"height": 32, "width": 48, "num_frames": 9, "inference_steps": 2, "seed": 1}
 REQUESTS = {
@@ -314,7 +314,7 @@ def test_a_stream_goes_with_its_module() -> None:
     placement = Placement("cpu", offload=True, copies=LateCopies())
     _, held = toy(4, placement)
     stream = weakref.ref(placement.blocks(held))
-    assert isinstance(stream(), Stream)
+    assert isinstance(stream(), WeightStream)
     del held
     gc.collect()
     assert stream() is None

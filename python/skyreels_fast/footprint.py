@@ -87,21 +87,22 @@ def activation_bytes(
 ) -> int:
     """The peak of all tensors but weights in one step of the denoising loop at batch 1.
 
-    In a block it is the larger of what self-attention and feed-forward hold at a time, beside the float32 residual
-    [L, D] and the block's input [L, D]: the normed input, qkv [L, 3 D], q and k [L, 2 D], the attention's and the
-    projection's output [L, D]; or the normed input and the hidden layer [L, ffn_dim], before and after its activation.
-    Beside the blocks: the embedded tokens, each context's keys and values in every block, the velocities, and with
-    TeaCache a residual [L, D] for each branch; and a float32 copy of one part of the largest modulation weight.
+    In a block it is the larger of what self-attention and feed-forward hold at a time. The first: the residual and its
+    norm [L, D], qkv [L, 3 D], q and k [L, 2 D], the attention's and the projection's output [L, D]. The second: the
+    residual in float32, the last two norms, the output, and the hidden layer [L, ffn_dim], which in float32 is there
+    before its activation, too. Beside the blocks: the embedded tokens, each context's keys and values in every block,
+    the velocities, and with TeaCache a residual [L, D] for each branch; and a float32 copy of one part of the largest
+    modulation weight. What is kept for speed where memory is left (causal attention's past) does not count.
     """
     size, dim = dtype.itemsize, config.dim
-    residual = tokens * dim * (_FLOAT32 + size)
-    attention = 8 * tokens * dim * size
-    feed_forward = tokens * (2 * dim + 2 * config.ffn_dim) * size
+    attention = 9 * tokens * dim * size
+    hidden = config.ffn_dim * (1 if size < _FLOAT32 else 2)
+    feed_forward = tokens * (dim * _FLOAT32 + (3 * dim + hidden) * size)
     context_tokens = config.text_len + (_IMAGE_TOKENS if config.model_type == "i2v" else 0)
     keys_values = branches * config.num_layers * 2 * context_tokens * dim * size
     embedded = (1 + (branches if teacache else 0)) * tokens * dim * size
     latents = 4 * (branches + 4) * tokens * (config.in_dim + config.out_dim) * _FLOAT32
-    return residual + max(attention, feed_forward) + keys_values + embedded + latents + dim * dim * _FLOAT32
+    return max(attention, feed_forward) + keys_values + embedded + latents + dim * dim * _FLOAT32
 
 
 def check_vram(vram: float | None, device: torch.device, offload: bool) -> None:

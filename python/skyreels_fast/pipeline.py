@@ -170,7 +170,7 @@ class Pipeline:
         with clock("load"):
             dit, vae = self._load()
         contexts: list[Context] = []
-        beside = 0 if self.vram is None else self.footprint(plan).beside
+        needs = self.footprint(plan)
         noise, condition_noise = (torch.Generator(self.device).manual_seed(settings.seed + i) for i in (0, 1))
         history = History(settings.overlap_history or 0)
 
@@ -183,7 +183,7 @@ class Pipeline:
                 prefix, end = self._given(vae, window, pictures, history)
                 channels = image_channels(vae, pictures["image"], window.latents) if settings.mode == "i2v" else None
             progress.window(index, len(plan.windows), plan.calls[index])
-            with clock("denoise"), self.placement.use(dit, beside=beside):
+            with clock("denoise"), self.placement.use(dit, beside=needs.beside):
                 contexts = contexts or [dit.encode_context(text.to(self.device), image) for text in texts]
                 latents = denoise(
                     dit,
@@ -203,7 +203,7 @@ class Pipeline:
                     blocks=self.placement.blocks(dit),
                     attend=self._attend,
                     attend_context=self._attend,
-                    past_bytes=_spare_bytes(self.device),
+                    past_bytes=self._spare_bytes(needs),
                     on_step=lambda _row: progress.step(),
                 )[:, :, : window.latents]
             result.latents.append(latents)
@@ -247,6 +247,16 @@ class Pipeline:
             latents[:, :, : window.prefix] = prefix
         return latents if end is None else torch.cat([latents, end], dim=2)
 
+    def _spare_bytes(self, needs: Footprint) -> int | None:
+        """GPU memory that may be filled for speed alone, with a tenth of it left for all else; None: without limit."""
+        if self.device.type != "cuda":
+            return None
+        if self.vram is not None:
+            return max(0, int(self.vram * GIB) - needs.total)
+        free, total = torch.cuda.mem_get_info(self.device)
+        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return max(0, free + cached - total // 10)
+
     def _teacache(self, settings: Settings) -> TeaCacheSettings | None:
         if not settings.teacache:
             return None
@@ -271,15 +281,6 @@ def _mode(checkpoint: Checkpoint, asked: str | None) -> str | None:
     if mode == "i2v" and not takes_image:
         raise ValueError(f"{checkpoint.name} is no image-to-video model and cannot run as 'i2v'")
     return "i2v" if takes_image else mode
-
-
-def _spare_bytes(device: torch.device) -> int | None:
-    """GPU memory that may be filled for speed alone, with a tenth of it left for all else; None: without limit."""
-    if device.type != "cuda":
-        return None
-    free, total = torch.cuda.mem_get_info(device)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(0, free + cached - total // 10)
 
 
 def _vae_of(checkpoint: Checkpoint) -> VAE:

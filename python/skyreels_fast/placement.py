@@ -11,14 +11,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .streaming import Copies, CudaCopies, Stream, keepable
+from .streaming import Copies, CudaCopies, WeightStream, keepable
 from .transfer import Rows, load, put
 
 
 class _Streamed(NamedTuple):
     """A module's blocks, which pass through the device."""
 
-    stream: Stream
+    stream: WeightStream
     is_called: bool  # the module's own code calls them, not what iterates `Placement.blocks`
 
 
@@ -122,7 +122,7 @@ class Placement:
                   for prefix, block in blocks.items()]  # fmt: skip
         load(module, rest, "cpu", dtype)
         if layers:
-            stream = Stream(layers, dtype, self.device, self._copies, pinned=not is_called)
+            stream = WeightStream(layers, dtype, self.device, self._copies, pinned=not is_called)
             self._streamed[module] = _Streamed(stream, is_called)
 
     def _kept(self, streamed: _Streamed, beside: int) -> int:
@@ -155,7 +155,7 @@ def _throughout(module: nn.Module, streamed: _Streamed | None) -> list[Tensor]:
     return list(named.values())
 
 
-def _hooks(module: nn.Module, stream: Stream) -> list[Any]:
+def _hooks(module: nn.Module, stream: WeightStream) -> list[Any]:
     """Have every block's call wait for its weights and give them up."""
     hooks = []
     for index, block in enumerate(module.blocks):

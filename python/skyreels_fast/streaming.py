@@ -146,7 +146,7 @@ class _Reading:
         self._future.result().wait()
 
 
-class Stream:
+class WeightStream:
     """Layers that run in order, over and over: at most two at a time on the device, save those kept there.
 
     Between `open` and `close`, iterate it, or have the work on each layer stand between `take` and `done`. Outside, the
