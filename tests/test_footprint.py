@@ -35,10 +35,10 @@ def test_activations_hold_what_a_block_holds_at_a_time() -> None:
     block = TOKENS * 5120 * 9 * 2
     keys_values = 2 * 40 * 2 * 512 * 5120 * 2
     rest = activation_bytes(cfg, torch.bfloat16, TOKENS, 2) - block - keys_values - TOKENS * 5120 * 2
-    assert 0 < rest < 0.05 * block
+    assert 0 < rest < 0.06 * block  # latents and velocities
     wide = config("1.3B", "sync")  # ffn_dim 8960 of dim 1536: here the hidden layer is what takes most
     ffn = TOKENS * (1536 * (4 + 3 * 2) + 8960 * 2)
-    assert ffn < activation_bytes(wide, torch.bfloat16, TOKENS, 1) < 1.2 * ffn
+    assert ffn < activation_bytes(wide, torch.bfloat16, TOKENS, 1) < 1.3 * ffn
 
 
 def test_what_takes_more() -> None:
@@ -82,9 +82,7 @@ def test_budgets_that_do_not_fit_the_rest_are_refused() -> None:
         check_vram(8, torch.device("cuda"), True)
     with pytest.raises(ValueError, match=r"^--vram 8: device cpu has no GPU memory"):
         sf.Pipeline.from_pretrained("tiny", device="cpu", vram=8)
-    with pytest.raises(
-        ValueError, match=r"^--vram 8\.5: this video needs at least 8\.7 GiB of GPU memory; give as much"
-    ):
+    with pytest.raises(ValueError, match=r"^--vram 8\.5: this video needs at least 8\.7 GiB of GPU memory; give"):
         footprint("14B").check(8.5)
     footprint("14B").check(8.7)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 import skyreels_fast as sf
 from skyreels_fast import host_memory, streaming
 from skyreels_fast.checkpoint import Checkpoint, CheckpointError, fill
+from skyreels_fast.encoders.image import ImageEncoder
 from skyreels_fast.encoders.text import TextEncoder
 from skyreels_fast.pipeline import DiT
 from skyreels_fast.placement import Placement
@@ -234,7 +236,7 @@ def test_a_file_that_has_gone_is_an_error_where_its_block_is_needed(
 def test_a_wrong_number_of_pinned_gib_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(host_memory.PINNED_VARIABLE, "many")
     with pytest.raises(ValueError, match="SKYREELS_FAST_PINNED_GIB='many' is not a number of GiB"):
-        host_memory.pinnable_bytes()
+        sf.Pipeline.from_pretrained("tiny", device="cpu", dtype=torch.float32, offload=True)
 
 
 # Whole models
@@ -277,20 +279,46 @@ def test_streamed_weights_are_checked_as_strictly(models: dict[str, Path], tmp_p
         fill(dit, weights, dit.key_parts(), device=placement.home, dtype=torch.float32, what="toy")
 
 
+def deepened(file: str, prefix: str) -> dict[str, torch.Tensor]:
+    """A golden encoder's weights with LAYERS layers, none like another; mapped, as a checkpoint's are."""
+    weights, generator = torch.load(GOLDEN / file, weights_only=True, mmap=True), torch.Generator().manual_seed(0)
+    for name in [name for name in weights if name.startswith(f"{prefix}0.")]:
+        for index in range(1, LAYERS):
+            noise = torch.randn(weights[name].shape, generator=generator)
+            weights[name.replace(f"{prefix}0.", f"{prefix}{index}.")] = weights[name] + 0.01 * noise
+    return weights
+
+
+def both_ways(make: Callable[[], nn.Module], weights: dict[str, torch.Tensor], placement: Placement) -> list[nn.Module]:
+    encoders = [make(), make()]
+    for encoder, home in zip(encoders, ("cpu", placement.encoder_home), strict=True):
+        fill(encoder, encoder.renamed(weights), device=home, dtype=torch.float32, what="encoder")
+    return encoders
+
+
 def test_the_text_encoder_streams_and_looks_words_up_on_the_host() -> None:
-    golden = load_golden("components")
-    weights = torch.load(GOLDEN / "t5_tiny.pth", weights_only=True, mmap=True)
-    placement = Placement("cpu", copies=LateCopies())
-    encoder = TextEncoder(weights)
-    fill(encoder, encoder.renamed(weights), device=placement.encoder_home, dtype=torch.float32, what="text encoder")
-    table = encoder.model.embed_tokens.weight
-    assert table.data_ptr() == weights["token_embedding.weight"].data_ptr()
-    plain = TextEncoder(weights)
-    fill(plain, plain.renamed(weights), device="cpu", dtype=torch.float32, what="text encoder")
+    golden, placement = load_golden("components"), Placement("cpu", copies=LateCopies())
+    weights = deepened("t5_tiny.pth", "blocks.")
+    plain, streamed = both_ways(lambda: TextEncoder(weights), weights, placement)
     expected = plain.encode_ids(golden["t5.ids"], golden["t5.mask"])
-    with placement.use(encoder, stay=False):
-        assert encoder.model.embed_tokens.weight is table
-        assert torch.equal(encoder.encode_ids(golden["t5.ids"], golden["t5.mask"]), expected)
+    table = streamed.model.embed_tokens.weight
+    assert table.data_ptr() == weights["token_embedding.weight"].data_ptr()
+    with placement.use(streamed, stay=False):
+        for _ in range(2):
+            assert torch.equal(streamed.encode_ids(golden["t5.ids"], golden["t5.mask"]), expected)
+        assert streamed.model.embed_tokens.weight is table
+    assert sum(parameter.is_meta for parameter in streamed.blocks.parameters()) == len(list(plain.blocks.parameters()))
+
+
+def test_the_image_encoder_streams() -> None:
+    golden, placement = load_golden("components"), Placement("cpu", copies=LateCopies())
+    weights = deepened("clip_tiny.pth", "visual.transformer.")
+    plain, streamed = both_ways(lambda: ImageEncoder(weights, num_heads=4), weights, placement)
+    assert len(streamed.blocks) == LAYERS - 1
+    with placement.use(streamed, stay=False):
+        for _ in range(2):
+            assert torch.equal(streamed.encode(golden["clip.image"]), plain.encode(golden["clip.image"]))
+    assert all(parameter.is_meta for parameter in streamed.blocks.parameters())
 
 
 def test_a_stream_takes_its_layers_in_any_dtype() -> None:

@@ -37,7 +37,7 @@ class Layers(nn.Module):
     def __init__(self, count: int) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(count))
-        self.head = nn.Linear(WIDTH, 4)
+        self.head = nn.Linear(WIDTH, 4, bias=False)  # a bias would have cuBLASLt take memory of its own
 
     def forward(self, x: Tensor, blocks=None, sleep: int = 0) -> Tensor:
         for block in self.blocks if blocks is None else blocks:

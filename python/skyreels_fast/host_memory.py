@@ -31,8 +31,10 @@ class PinnedBuffer:
     """
 
     def __init__(self, nbytes: int) -> None:
+        # Shared memory, which is what Python maps unless told, has no large pages.
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
         try:
-            pages = mmap.mmap(-1, max(nbytes, 1))
+            pages = mmap.mmap(-1, max(nbytes, 1), **private)
         except (OSError, ValueError) as error:
             raise HostMemoryError(f"{nbytes / GIB:.1f} GiB of host memory cannot be had ({error})") from error
         if hasattr(mmap, "MADV_HUGEPAGE"):

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from .host_memory import pinnable_bytes
 from .streaming import Copies, CudaCopies, WeightStream, keepable
 from .transfer import Rows, load, put
 
@@ -43,6 +44,8 @@ class Placement:
         offload: keep modules on the host between uses.
         vram_bytes: the same, but as many blocks stay through a use as fit into so many bytes with all else in it.
         copies: how blocks are copied; None: as the device does it, on the CPU not at all.
+
+    Raises ValueError where $SKYREELS_FAST_PINNED_GIB would be needed and is no number.
     """
 
     def __init__(
@@ -58,6 +61,8 @@ class Placement:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
         self.offload = offload or vram_bytes is not None
+        if self.offload:
+            pinnable_bytes()  # what the environment says of it is refused now or never
         self._vram_bytes = vram_bytes
         self._copies = CudaCopies(device) if copies is None and device.type == "cuda" else copies
         self._streamed: WeakKeyDictionary[nn.Module, _Streamed] = WeakKeyDictionary()
@@ -147,12 +152,12 @@ def _blocks(module: nn.Module) -> dict[str, nn.Module]:
 
 def _throughout(module: nn.Module, streamed: _Streamed | None) -> list[Tensor]:
     """What has to be on the device from the beginning of a use to its end."""
-    named = dict(chain(module.named_parameters(), module.named_buffers()))
-    if streamed is not None:
-        passing = {*getattr(module, "host_parameters", ())}
-        passing |= {prefix + name for prefix, block in _blocks(module).items() for name, _ in block.named_parameters()}
-        named = {name: tensor for name, tensor in named.items() if name not in passing}
-    return list(named.values())
+    if streamed is None:
+        return [*module.parameters(), *module.buffers()]
+    passing = {*getattr(module, "host_parameters", ())}
+    passing |= {prefix + name for prefix, block in _blocks(module).items() for name, _ in block.named_parameters()}
+    named = chain(module.named_parameters(), module.named_buffers())
+    return [tensor for name, tensor in named if name not in passing]
 
 
 def _hooks(module: nn.Module, stream: WeightStream) -> list[Any]:

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 _ALIGN_BYTES = 256
 _SLOTS = 2
+_PINNERS = 4  # threads
 
 
 class Copies(Protocol):
@@ -280,7 +281,7 @@ class WeightStream:
         """Read what the host has room for; pinning one layer overlaps with reading the next."""
         waiting: list[tuple[_Layer, Future[bool]]] = []
         held = 0
-        with Reader("cpu") as reader, ThreadPoolExecutor(1) as pinner:
+        with Reader("cpu") as reader, ThreadPoolExecutor(_PINNERS) as pinner:
             # In an order that has any number of layers spread evenly, so that those left out are so too.
             for index in _scattered(len(self._layers)) if pinned else ():
                 layer = self._layers[index]

@@ -11,7 +11,7 @@ import os
 import threading
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -142,9 +142,7 @@ class Reader:
                     files[source.file] = os.open(source.file, os.O_RDONLY)
                 total += source.tensor.nbytes
                 pieces += _pieces(source, target, files.get(source.file))
-            each = map if total < _INLINE_BYTES else self._pool.map
-            for _ in each(lambda piece: self._read(piece, after), pieces):
-                pass
+            self._read_all(pieces, after, at_once=total >= _INLINE_BYTES)
         finally:
             for descriptor in files.values():
                 os.close(descriptor)
@@ -153,6 +151,16 @@ class Reader:
             events.append(torch.cuda.Event())
             events[-1].record(lane.stream)
         return Ready(events, self._device)
+
+    def _read_all(self, pieces: list[_Piece], after: torch.cuda.Event | None, *, at_once: bool) -> None:
+        if not at_once:
+            for piece in pieces:
+                self._read(piece, after)
+            return
+        reads = [self._pool.submit(self._read, piece, after) for piece in pieces]
+        wait(reads)  # all of them, so that none is left to read from a file that is closed
+        for read in reads:
+            read.result()
 
     def _read(self, piece: _Piece, after: torch.cuda.Event | None) -> None:
         target, dtype = piece.target, piece.source.dtype
