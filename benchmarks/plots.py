@@ -10,7 +10,12 @@ PLOTS = {
     "latency": ("One forward", "ms_per_forward", "ms"),
     "memory": ("Peak GPU memory", "peak_allocated_gib", "GiB"),
 }
-_COLOURS = {"skyreels_fast": "#1b6ca8", "diffusers-compiled": "#8a8f98", "diffusers": "#c3c7cd"}
+_COLOURS = {
+    "skyreels_fast": "#1b6ca8",
+    "diffusers-accelerated": "#7fb2d9",
+    "diffusers-compiled": "#8a8f98",
+    "diffusers": "#c3c7cd",
+}
 
 
 def bars(rows: list[dict[str, Any]], key: str) -> tuple[list[str], dict[str, list[float | None]]]:

@@ -28,7 +28,7 @@ EMPTY = "_Not measured yet._"
 _MARKED = re.compile(r"(<!-- benchmarks:([\w-]+) -->\n).*?(<!-- /benchmarks:\2 -->)", re.DOTALL)
 _WHAT = ("gpu", "model", "resolution", "frames", "mode", "gpus", "offload", "vram", "precision", "attention_asked",
          "guidance", "ar_step", "causal_block_size", "teacache", "base_frames", "overlap", "weights")  # fmt: skip
-_IMPLS = (OURS, "diffusers", "diffusers-compiled")
+_IMPLS = (OURS, "diffusers-accelerated", "diffusers", "diffusers-compiled")
 
 
 def committed_rows(directory: Path) -> list[Row]:

@@ -128,7 +128,7 @@ def parser() -> argparse.ArgumentParser:
     add("--with_text", action="store_true", help="time the text stage too, on a random UMT5 of the true size")
     add("--weights", type=Path, help="a model directory in place of random weights; load_s is then its loading time")
     add("--no_warm_up", action="store_true")
-    add("--peer", action="append", choices=peers.PEERS, default=[], help="may be given twice")
+    add("--peer", action="append", choices=peers.PEERS, default=[], help="may be given several times")
     add("--gpus", type=int, default=1)
     add("--device", type=torch.device, help="default: cuda where there is one")
     add("--out", type=Path, help="default: benchmarks/results/video.jsonl, on a GPU")

@@ -30,15 +30,16 @@ def test_weights_are_counted_whole() -> None:
 
 
 def test_activations_hold_what_a_block_holds_at_a_time() -> None:
-    """Tensors [L, D] by hand: the residual and its norm, qkv, q and k, two outputs."""
+    """Tensors [L, D] by hand: the residual and its norm, q, k, v and two outputs."""
     cfg = config("14B", "sync")
-    block = TOKENS * 5120 * 9 * 2
+    block = TOKENS * 5120 * 7 * 2
     keys_values = 2 * 40 * 2 * 512 * 5120 * 2
     rest = activation_bytes(cfg, torch.bfloat16, TOKENS, 2) - block - keys_values - TOKENS * 5120 * 2
-    assert 0 < rest < 0.06 * block  # latents and velocities
+    assert 0 < rest < 0.08 * block  # latents and velocities
     wide = config("1.3B", "sync")  # ffn_dim 8960 of dim 1536: here the hidden layer is what takes most
-    ffn = TOKENS * (1536 * (4 + 3 * 2) + 8960 * 2)
-    assert ffn < activation_bytes(wide, torch.bfloat16, TOKENS, 1) < 1.3 * ffn
+    tokens = 16_000
+    ffn = tokens * (1536 * (4 + 3 * 2) + 8960 * 2)
+    assert ffn < activation_bytes(wide, torch.bfloat16, tokens, 1) < 1.5 * ffn
 
 
 def test_what_takes_more() -> None:
@@ -47,7 +48,7 @@ def test_what_takes_more() -> None:
     assert one < activation_bytes(cfg, torch.bfloat16, TOKENS, 2) < activation_bytes(cfg, torch.float32, TOKENS, 2)
     assert activation_bytes(cfg, torch.bfloat16, TOKENS, 1, teacache=True) - one == TOKENS * 5120 * 2
     assert activation_bytes(config("14B", "i2v"), torch.bfloat16, TOKENS, 1) > one
-    assert activation_bytes(cfg, torch.bfloat16, 2 * TOKENS, 1) > 1.9 * one
+    assert activation_bytes(cfg, torch.bfloat16, 2 * TOKENS, 1) > 1.8 * one
 
 
 def test_offloading_takes_two_blocks() -> None:
@@ -62,12 +63,12 @@ def test_offloading_takes_two_blocks() -> None:
 def test_advice_names_the_flags_that_help() -> None:
     needs, card = footprint("14B"), {"total": 24 * GIB, "free": 23 * GIB, "frames_flag": "--base_num_frames"}
     said = needs.advice(offload=False, vram=None, **card)
-    assert said.startswith("denoising needs about 33.5 GiB of GPU memory, the GPU has 24.0 GiB (23.0 free): try --vram")
+    assert said.startswith("denoising needs about 32.5 GiB of GPU memory, the GPU has 24.0 GiB (23.0 free): try --vram")
     assert "--vram 23 (as many" in said
-    assert "--offload (about 8.6 GiB)" in said and said.endswith("or fewer --base_num_frames")
+    assert "--offload (about 7.7 GiB)" in said and said.endswith("or fewer --base_num_frames")
     assert "--offload" not in needs.advice(offload=True, vram=None, **card)
-    assert "a smaller --vram (8.6 GiB or more)" in needs.advice(offload=False, vram=22, **card)
-    small = needs.advice(offload=False, vram=None, total=8 * GIB, free=8 * GIB, frames_flag="--num_frames")
+    assert "a smaller --vram (7.7 GiB or more)" in needs.advice(offload=False, vram=22, **card)
+    small = needs.advice(offload=False, vram=None, total=7 * GIB, free=7 * GIB, frames_flag="--num_frames")
     assert "--vram" not in small and "--offload" in small
 
 
@@ -82,9 +83,9 @@ def test_budgets_that_do_not_fit_the_rest_are_refused() -> None:
         check_vram(8, torch.device("cuda"), True)
     with pytest.raises(ValueError, match=r"^--vram 8: device cpu has no GPU memory"):
         sf.Pipeline.from_pretrained("tiny", device="cpu", vram=8)
-    with pytest.raises(ValueError, match=r"^--vram 8\.5: this video needs at least 8\.7 GiB of GPU memory; give"):
-        footprint("14B").check(8.5)
-    footprint("14B").check(8.7)
+    with pytest.raises(ValueError, match=r"^--vram 7\.5: this video needs at least 7\.7 GiB of GPU memory; give"):
+        footprint("14B").check(7.5)
+    footprint("14B").check(7.7)
 
 
 def test_a_plan_tells_its_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

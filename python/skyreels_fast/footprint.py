@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .config import TransformerConfig
+from .dit.block import _FEED_FORWARD_TOKENS
 from .host_memory import GIB
 
 # The CUDA context, the libraries' workspaces, and what the allocator cannot use of what it holds.
@@ -87,22 +88,26 @@ def activation_bytes(
 ) -> int:
     """The peak of all tensors but weights in one step of the denoising loop at batch 1.
 
-    In a block it is the larger of what self-attention and feed-forward hold at a time. The first: the residual and its
-    norm [L, D], qkv [L, 3 D], q and k [L, 2 D], the attention's and the projection's output [L, D]. The second: the
-    residual in float32, the last two norms, the output, and the hidden layer [L, ffn_dim], which in float32 is there
-    before its activation, too. Beside the blocks: the embedded tokens, each context's keys and values in every block,
-    the velocities, and with TeaCache a residual [L, D] for each branch; and a float32 copy of one part of the largest
-    modulation weight. What is kept for speed where memory is left (causal attention's past) does not count.
+    In a block it is the most that one of its parts holds at a time, of tensors [L, D]. Self-attention: the residual and
+    its norm, q, k, v, the attention's and the projection's output. Attention to the context: the residual in float32,
+    its norm, q and two outputs, and one before the norm or of the image. The norm after that: the float32 residual
+    before and after, what is added, and two norms. Feed-forward: the float32 residual, two norms, the output, and the
+    hidden layer of so many tokens as it takes at a time, in float32 before its activation, too. Beside the blocks: the
+    embedded tokens, each context's keys and values in every block, the velocities, and with TeaCache a residual for
+    each branch; and a float32 copy of one part of the largest modulation weight. What is kept for speed where memory is
+    left (causal attention's past) does not count.
     """
     size, dim = dtype.itemsize, config.dim
-    attention = 9 * tokens * dim * size
-    hidden = config.ffn_dim * (1 if size < _FLOAT32 else 2)
-    feed_forward = tokens * (dim * _FLOAT32 + (3 * dim + hidden) * size)
+    attention = 7 * tokens * dim * size
+    to_context = tokens * dim * (_FLOAT32 + 5 * size)
+    norm = tokens * dim * (2 * _FLOAT32 + 3 * size)
+    hidden = min(tokens, _FEED_FORWARD_TOKENS) * config.ffn_dim * size * (1 if size < _FLOAT32 else 2)
+    feed_forward = tokens * dim * (_FLOAT32 + 3 * size) + hidden
     context_tokens = config.text_len + (_IMAGE_TOKENS if config.model_type == "i2v" else 0)
     keys_values = branches * config.num_layers * 2 * context_tokens * dim * size
     embedded = (1 + (branches if teacache else 0)) * tokens * dim * size
     latents = 4 * (branches + 4) * tokens * (config.in_dim + config.out_dim) * _FLOAT32
-    return max(attention, feed_forward) + keys_values + embedded + latents + dim * dim * _FLOAT32
+    return max(attention, to_context, norm, feed_forward) + keys_values + embedded + latents + dim * dim * _FLOAT32
 
 
 def check_vram(vram: float | None, device: torch.device, offload: bool) -> None:

@@ -234,9 +234,28 @@ def _qk_norm_rope3d(
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    q, k, weights, outs = _rows(q), _rows(k), _weights(q, q_weight, k_weight), (_like(q), _like(k))
+    outs = _like(q), _like(k)
+    _launch_rope(outs, q, k, q_weight, k_weight, grid, token_range, frame_offset, theta, eps, backend)
+    return outs
+
+
+def _launch_rope(
+    outs: tuple[Tensor, Tensor],
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    grid: list[int],
+    token_range: list[int],
+    frame_offset: int,
+    theta: float,
+    eps: float,
+    backend: str,
+) -> None:
+    """outs: contiguous; they may be q and k, for a token is read whole before any of it is written."""
+    q, k, weights = _rows(q), _rows(k), _weights(q, q_weight, k_weight)
     if q.numel() == 0:
-        return outs
+        return
     frames, height, width = grid
     table = _axis_table((frames, height, width), frame_offset, q.shape[3], theta, q.device)
     tensors = (*outs, q, k, *weights, table)
@@ -248,7 +267,32 @@ def _qk_norm_rope3d(
             extension.qk_norm_rope3d(*pointers, *layout, eps, *dtypes, current_stream(q))
         else:
             triton_kernels.norm_rope(*tensors, tuple(grid), tuple(token_range), eps)
-    return outs
+
+
+@torch.library.custom_op(
+    "skyreels_fast::qk_norm_rope3d_",
+    mutates_args=("q", "k"),
+    schema="(Tensor(a!) q, Tensor(b!) k, Tensor q_weight, Tensor k_weight, SymInt[] grid, SymInt[] token_range,"
+    " SymInt frame_offset, float theta, float eps, str backend) -> ()",
+)
+def _qk_norm_rope3d_(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    grid: list[int],
+    token_range: list[int],
+    frame_offset: int,
+    theta: float,
+    eps: float,
+    backend: str,
+) -> None:
+    options = (q_weight, k_weight, grid, token_range, frame_offset, theta, eps, backend)
+    if q.is_contiguous() and k.is_contiguous():
+        _launch_rope((q, k), q, k, *options)
+    else:
+        for tensor, out in zip((q, k), _qk_norm_rope3d(q, k, *options), strict=True):
+            tensor.copy_(out)
 
 
 @_qk_norm.register_fake
@@ -261,6 +305,11 @@ def _(q: Tensor, k: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return _like(q), _like(k)
 
 
+@_qk_norm_rope3d_.register_fake
+def _(q: Tensor, k: Tensor, *_: object) -> None:
+    return None
+
+
 def qk_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, backend: str | None = None) -> Tensor:
     """RMSNorm of x [B, L, N, Dh] over all heads together, times weight [N * Dh]; shape and dtype of x.
 
@@ -271,6 +320,22 @@ def qk_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, backend: str | None
     if backend != "ref":
         return _qk_norm(x, weight, eps, backend)
     return qk_norm_ref(x, weight, eps=eps, math_dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
+
+
+def _checked(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    grid: Grid,
+    token_range: tuple[int, int] | None,
+    backend: str | None,
+) -> str:
+    name = "qk_norm_rope3d"
+    _check_norm(name, "q", q, q_weight)
+    _check_norm(name, "k", k, k_weight)
+    _check_grid(name, q, k, grid, token_range)
+    return _choose(name, backend, q, k, q_weight, k_weight)
 
 
 def qk_norm_rope3d(
@@ -293,14 +358,34 @@ def qk_norm_rope3d(
     shard's. Returns (q, k) of the given shape and dtype. Raises ValueError for shapes that do not fit, or a backend
     that is not there or does not take them.
     """
-    name = "qk_norm_rope3d"
-    _check_norm(name, "q", q, q_weight)
-    _check_norm(name, "k", k, k_weight)
-    _check_grid(name, q, k, grid, token_range)
-    backend = _choose(name, backend, q, k, q_weight, k_weight)
+    backend = _checked(q, k, q_weight, k_weight, grid, token_range, backend)
     if backend != "ref":
         tokens = token_range or (0, grid[1] * grid[2])
         return _qk_norm_rope3d(q, k, q_weight, k_weight, grid, tokens, frame_offset, theta, eps, backend)
     places = {"frame_offset": frame_offset, "token_range": token_range, "theta": theta}
     math_dtype = torch.promote_types(q.dtype, torch.float32)
     return qk_norm_rope3d_ref(q, k, q_weight, k_weight, tuple(grid), eps=eps, math_dtype=math_dtype, **places)
+
+
+def qk_norm_rope3d_(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    grid: Grid,
+    *,
+    eps: float = 1e-6,
+    frame_offset: int = 0,
+    token_range: tuple[int, int] | None = None,
+    theta: float = 10000.0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`qk_norm_rope3d` written over q and k, which are returned: for inference, without memory of its own."""
+    backend = _checked(q, k, q_weight, k_weight, grid, token_range, backend)
+    if backend != "ref":
+        tokens = token_range or (0, grid[1] * grid[2])
+        _qk_norm_rope3d_(q, k, q_weight, k_weight, grid, tokens, frame_offset, theta, eps, backend)
+        return q, k
+    places = {"frame_offset": frame_offset, "token_range": token_range, "theta": theta}
+    outs = qk_norm_rope3d(q, k, q_weight, k_weight, grid, eps=eps, backend=backend, **places)
+    return q.copy_(outs[0]), k.copy_(outs[1])
