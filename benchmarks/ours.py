@@ -188,7 +188,7 @@ def prepare(work: Work, args: argparse.Namespace, device: torch.device) -> Prepa
 
 
 def _pipeline(work: Work, args: argparse.Namespace, device: torch.device) -> sf.Pipeline:
-    options = {"offload": args.offload, "mode": work.kind, "attention": args.attention}
+    options = {"offload": args.offload, "vram": args.vram, "mode": work.kind, "attention": args.attention}
     if args.weights is not None:
         return sf.Pipeline.from_pretrained(args.weights, device, work.dtype, **options)
     checkpoint = RandomCheckpoint.of(work.model, work.mode, device, work.dtype, text=args.with_text)

@@ -20,11 +20,11 @@ from types import SimpleNamespace
 import torch
 from skyreels_fast.request import resolve
 
-opened = []
+opened, budgets = [], []
 loaded = []
 DEFAULTS = {"height": 64, "width": 96, "num_frames": 17, "base_num_frames": 17, "inference_steps": 2}
 error_at_open = error_at_plan = error_at_chunk = None
-chunks, pause_s = 4, 0.0
+chunks, pause_s, short_of_memory = 4, 0.0, False
 
 class Progress:
     def stage(self, name): pass
@@ -37,7 +37,8 @@ class Plan(SimpleNamespace):
 
 class Pipeline:
     @classmethod
-    def from_pretrained(cls, path, device="cuda", dtype=None, offload=False, mode=None, attention=None):
+    def from_pretrained(cls, path, device="cuda", dtype=None, offload=False, mode=None, vram=None, attention=None):
+        budgets.append(vram)
         opened.append((path, device, dtype, offload, mode, attention))
         if error_at_open: raise error_at_open
         pipe = cls()
@@ -48,6 +49,9 @@ class Pipeline:
         if error_at_plan: raise error_at_plan
         settings = resolve(request, mode=self.mode, defaults=DEFAULTS, resolution_hint="540P")
         return Plan(settings=settings, calls=(2, 2), frames=4 * chunks)
+
+    def memory_note(self, plan, full=False):
+        return "denoising needs about 34.5 GiB" if full or short_of_memory else None
 
     def __call__(self, plan, stream=False, progress=None):
         assert stream

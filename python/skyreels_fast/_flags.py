@@ -130,7 +130,8 @@ FLAGS = {
         Flag("device", "NAME", "cuda, cuda:N or cpu (default: cuda where there is one)"),
         Flag("dtype", "TYPE", "bfloat16, float16 or float32 (default: bfloat16 on cuda, float32 on cpu)"),
         Flag("attention", "NAME", "fa3, fa4, fa2, cudnn, flash or sdpa (default: the fastest there is)"),
-        Flag("offload", None, "stream the weights from host memory: less GPU memory, the same result"),
+        Flag("offload", None, "stream all blocks from host memory: least GPU memory, the same result"),
+        Flag("vram", "GIB", "GPU memory to denoise in: blocks that fit stay there, the others are streamed"),
         Flag("use_usp", None, "several GPUs for one video (not supported yet)"),
     ),
     "output": (
@@ -150,7 +151,7 @@ def parser(program: str, mode: str) -> Parser:
         epilog=(_DF_EXAMPLES if df else _T2V_EXAMPLES).replace(f"    {PROGRAMS[mode][0]}", f"    {program}"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    kinds = {"N": _whole, "PIXELS": _whole, "X": _real, "RATE": _real, "A,B,...": _reals, "TYPE": _dtype}
+    kinds = {"N": _whole, "PIXELS": _whole, "X": _real, "RATE": _real, "A,B,...": _reals, "TYPE": _dtype, "GIB": _gib}
     for title, flags in FLAGS.items():
         group = made.add_argument_group(title)
         for flag in flags:
@@ -232,3 +233,10 @@ def _dtype(text: str) -> str:
     if text not in DTYPES:
         raise argparse.ArgumentTypeError(f"{text!r} must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
     return text
+
+
+def _gib(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of GiB") from None

@@ -76,6 +76,7 @@ def describe_run(program: str, args: argparse.Namespace, settings: Settings) -> 
         "device": torch.cuda.get_device_name(args.device) if on_gpu else platform.processor() or platform.machine(),
         "dtype": args.dtype,
         "offload": args.offload,
+        "vram": args.vram,
         "attention": choose_attention(args.attention, args.device, getattr(torch, args.dtype)),
         "versions": {
             "python": platform.python_version(),

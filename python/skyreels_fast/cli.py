@@ -116,6 +116,7 @@ def _open(program: str, mode: str, args: argparse.Namespace, request: Request) -
         dtype=getattr(torch, args.dtype),
         offload=args.offload,
         mode=mode,
+        vram=args.vram,
         attention=args.attention,
     )
     plan = pipe.plan(request)
@@ -126,6 +127,8 @@ def _open(program: str, mode: str, args: argparse.Namespace, request: Request) -
     for note in settings.notes:
         _say(program, f"note: {with_flags(note)}")
     print(plan.describe(), flush=True)
+    if shortage := pipe.memory_note(plan):
+        _say(program, f"warning: {shortage}")
 
     name = output_path(args.outdir, settings.prompt, settings.seed, datetime.datetime.now())
     record = describe_run(program, args, settings)
@@ -153,7 +156,7 @@ def _render(job: _Job) -> int:
             writer.write(chunk)
     except (Exception, KeyboardInterrupt) as error:
         progress.close()
-        code = _explain(job.program, settings.mode, error)
+        code = _explain(job, progress.current, error)
     progress.close()
     timings = dict(result.timings if result else {}) | {"total": time.monotonic() - start}
     _handle_signals(signal.SIG_IGN)
@@ -187,20 +190,26 @@ def _finish(job: _Job, writer: VideoWriter | None, code: int, timings: dict[str,
     return code
 
 
-def _explain(program: str, mode: str, error: BaseException) -> int:
+def _explain(job: _Job, stage: str, error: BaseException) -> int:
     """Say why rendering ended, in one line where the cause is known; the exit code."""
     import torch
 
     from .checkpoint import CheckpointError
+    from .host_memory import HostMemoryError
     from .media import VideoError
 
+    program = job.program
     if isinstance(error, KeyboardInterrupt):
         return _interrupted(program, error)
     if isinstance(error, torch.cuda.OutOfMemoryError):
         wanted = re.search(r"to allocate [\d.]+ \w+", str(error))
-        frames = "--base_num_frames" if mode == "df" else "--num_frames"
-        _say(program, f"error: GPU memory is full{f' (it tried {wanted[0]})' if wanted else ''}: try --offload, a "
-             f"smaller size or fewer {frames}")  # fmt: skip
+        tried = f" (it tried {wanted[0]})" if wanted else ""
+        advice = job.pipe.memory_note(job.plan, full=True)
+        _say(program, f"error: GPU memory is full while {stage}{tried}: {advice}")
+        return 1
+    if isinstance(error, HostMemoryError):
+        _say(program, f"error: host memory is full while {stage}: {_one_line(error)}: close other programs, or set "
+             "SKYREELS_FAST_PINNED_GIB to pin less of it")  # fmt: skip
         return 1
     if isinstance(error, (VideoError, CheckpointError)):
         _say(program, f"error: {_one_line(error)}")

@@ -55,12 +55,12 @@ class Conditions:
         """CLIP tokens [1, 257, 1280] of an I2V request's image."""
         if settings.mode != "i2v" or settings.clip_features is not None:
             return settings.clip_features
-        encoder = ImageEncoder.load(self.checkpoint, self.dtype)
+        encoder = ImageEncoder.load(self.checkpoint, self.dtype, self.placement.encoder_home)
         with self.placement.use(encoder, stay=False):
             return encoder.encode(pictures["image"][:, :, 0])
 
     def _encode(self, prompts: list[str]) -> list[Tensor]:
-        encoder = TextEncoder.load(self.checkpoint, self.dtype)
+        encoder = TextEncoder.load(self.checkpoint, self.dtype, self.placement.encoder_home)
         with self.placement.use(encoder, stay=False):
             return encoder.encode(prompts)
 

@@ -15,6 +15,7 @@ from .checkpoint import Checkpoint
 from .conditions import Conditions, History, image_channels, load_pictures
 from .config import LATENT_CHANNELS, MODES, VAE_STRIDE
 from .dit.model import Context, DiT
+from .footprint import GIB, Footprint, check_vram
 from .placement import Placement
 from .plan import Plan
 from .request import Request, Settings, resolve
@@ -55,12 +56,15 @@ class Pipeline:
         *,
         offload: bool,
         mode: str | None,
+        vram: float | None = None,
         attention: str | None = None,
     ) -> None:
+        check_vram(vram, device, offload)
         self.checkpoint, self.device, self.dtype, self.mode = checkpoint, device, dtype, mode
+        self.offload, self.vram = offload, vram
         self.attention = ops.choose_attention(attention, device, dtype)
         self._attend = partial(ops.attention, backend=attention)
-        self.placement = Placement(device, offload=offload)
+        self.placement = Placement(device, offload=offload, vram_bytes=None if vram is None else int(vram * GIB))
         self.conditions = Conditions(checkpoint, self.placement, dtype)
         self._dit: DiT | None = None
         self._vae: VAE | None = None
@@ -73,29 +77,35 @@ class Pipeline:
         dtype: torch.dtype = torch.bfloat16,
         offload: bool = False,
         mode: str | None = None,
+        vram: float | None = None,
         attention: str | None = None,
     ) -> Pipeline:
         """Open a model directory, hub id, or "tiny" (the bundled model); weights are read when first needed.
 
         Args:
+            offload: weights stay in host memory, and each block of the transformer comes to the GPU as it is needed.
+            vram: GiB of GPU memory to keep to while denoising: as many blocks stay there as fit, the others come as
+                with `offload`.
             mode: "df" (diffusion forcing) or "t2v", which an image-to-video model runs as "i2v"; None takes what the
                 model was made for. Where nothing in the directory tells, requests do: "df" where they ask for it.
             attention: the backend of `ops.attention`; None: the fastest that the device has.
 
         Raises:
             ValueError: the directory is unknown or incomplete, a tensor is missing, unknown or misshapen,
-                or the model cannot run in `mode`; or there is no such device.
+                or the model cannot run in `mode`; or there is no such device; or `vram` is no budget for it.
         """
         device = torch.device(device)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f'device="{device}": PyTorch finds no CUDA device here; give device="cpu"')
+        check_vram(vram, device, offload)
         ops.choose_attention(attention, device, dtype)
         checkpoint = Checkpoint.open(path_or_id)
         checkpoint.require("vae")
         with torch.device("meta"):
             checkpoint.check_transformer(DiT(checkpoint.config))
             checkpoint.check_vae(_vae_of(checkpoint))
-        return cls(checkpoint, device, dtype, offload=offload, mode=_mode(checkpoint, mode), attention=attention)
+        options = {"offload": offload, "vram": vram, "attention": attention}
+        return cls(checkpoint, device, dtype, mode=_mode(checkpoint, mode), **options)
 
     def plan(self, request: Request) -> Plan:
         """Fill in the model's defaults and lay out the windows; nothing is loaded. Raises ValueError on bad input."""
@@ -110,7 +120,27 @@ class Pipeline:
         plan = Plan.of(settings, source_frames)
         self.conditions.check(settings, plan.guided)
         self._teacache(settings)
+        if self.vram is not None:
+            self.footprint(plan).check(self.vram)
         return plan
+
+    def footprint(self, plan: Plan) -> Footprint:
+        """What denoising the plan needs of GPU memory."""
+        with torch.device("meta"):
+            dit = DiT(self.checkpoint.config)
+        teacache = plan.settings.teacache
+        return Footprint.of(dit, self.dtype, plan.tokens, 1 + plan.guided, teacache=teacache)
+
+    def memory_note(self, plan: Plan, *, full: bool = False) -> str | None:
+        """One line where the GPU has less memory than the plan needs, or, with `full`, in any case; None otherwise."""
+        if self.device.type != "cuda":
+            return None
+        free, total = torch.cuda.mem_get_info(self.device)
+        needs, how = self.footprint(plan), {"offload": self.offload, "vram": self.vram}
+        if not full and needs.needed(**how) <= total:
+            return None
+        frames_flag = "--base_num_frames" if plan.settings.mode == "df" else "--num_frames"
+        return needs.advice(**how, total=total, free=free, frames_flag=frames_flag)
 
     def __call__(self, request: Request | Plan, stream: bool = False, progress: Progress | None = None) -> Result:
         """Render a request, or the plan of one.
@@ -140,6 +170,7 @@ class Pipeline:
         with clock("load"):
             dit, vae = self._load()
         contexts: list[Context] = []
+        needs = self.footprint(plan)
         noise, condition_noise = (torch.Generator(self.device).manual_seed(settings.seed + i) for i in (0, 1))
         history = History(settings.overlap_history or 0)
 
@@ -152,7 +183,7 @@ class Pipeline:
                 prefix, end = self._given(vae, window, pictures, history)
                 channels = image_channels(vae, pictures["image"], window.latents) if settings.mode == "i2v" else None
             progress.window(index, len(plan.windows), plan.calls[index])
-            with clock("denoise"), self.placement.use(dit):
+            with clock("denoise"), self.placement.use(dit, beside=needs.beside):
                 contexts = contexts or [dit.encode_context(text.to(self.device), image) for text in texts]
                 latents = denoise(
                     dit,
@@ -172,7 +203,7 @@ class Pipeline:
                     blocks=self.placement.blocks(dit),
                     attend=self._attend,
                     attend_context=self._attend,
-                    past_bytes=_spare_bytes(self.device),
+                    past_bytes=self._spare_bytes(needs),
                     on_step=lambda _row: progress.step(),
                 )[:, :, : window.latents]
             result.latents.append(latents)
@@ -216,6 +247,16 @@ class Pipeline:
             latents[:, :, : window.prefix] = prefix
         return latents if end is None else torch.cat([latents, end], dim=2)
 
+    def _spare_bytes(self, needs: Footprint) -> int | None:
+        """GPU memory that may be filled for speed alone, with a tenth of it left for all else; None: without limit."""
+        if self.device.type != "cuda":
+            return None
+        if self.vram is not None:
+            return max(0, int(self.vram * GIB) - needs.total)
+        free, total = torch.cuda.mem_get_info(self.device)
+        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return max(0, free + cached - total // 10)
+
     def _teacache(self, settings: Settings) -> TeaCacheSettings | None:
         if not settings.teacache:
             return None
@@ -240,15 +281,6 @@ def _mode(checkpoint: Checkpoint, asked: str | None) -> str | None:
     if mode == "i2v" and not takes_image:
         raise ValueError(f"{checkpoint.name} is no image-to-video model and cannot run as 'i2v'")
     return "i2v" if takes_image else mode
-
-
-def _spare_bytes(device: torch.device) -> int | None:
-    """GPU memory that may be filled for speed alone, with a tenth of it left for all else; None: without limit."""
-    if device.type != "cuda":
-        return None
-    free, total = torch.cuda.mem_get_info(device)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(0, free + cached - total // 10)
 
 
 def _vae_of(checkpoint: Checkpoint) -> VAE:
