@@ -38,7 +38,7 @@ class Plan(SimpleNamespace):
 
 class Pipeline:
     @classmethod
-    def from_pretrained(cls, path, device="cuda", dtype=None, offload=False, mode=None):
+    def from_pretrained(cls, path, device="cuda", dtype=None, offload=False, mode=None, vae_dtype=None):
         opened.append((path, device, dtype, offload, mode))
         if error_at_open: raise error_at_open
         pipe = cls()

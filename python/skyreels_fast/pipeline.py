@@ -47,9 +47,17 @@ class Pipeline:
     """One model directory, ready to render requests. Make it with `from_pretrained`."""
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, offload: bool, mode: str | None
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        offload: bool,
+        mode: str | None,
+        vae_dtype: torch.dtype | None = None,
     ) -> None:
         self.checkpoint, self.device, self.dtype, self.mode = checkpoint, device, dtype, mode
+        self.vae_dtype = vae_dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         self.placement = Placement(device, offload=offload)
         self.conditions = Conditions(checkpoint, self.placement, dtype)
         self._dit: DiT | None = None
@@ -63,12 +71,14 @@ class Pipeline:
         dtype: torch.dtype = torch.bfloat16,
         offload: bool = False,
         mode: str | None = None,
+        vae_dtype: torch.dtype | None = None,
     ) -> Pipeline:
         """Open a model directory, hub id, or "tiny" (the bundled model); weights are read when first needed.
 
         Args:
             mode: "df" (diffusion forcing) or "t2v", which an image-to-video model runs as "i2v"; None takes what the
                 model was made for. Where nothing in the directory tells, requests do: "df" where they ask for it.
+            vae_dtype: what the VAE computes in; None takes bfloat16 on a GPU, float32 on the CPU.
 
         Raises:
             ValueError: the directory is unknown or incomplete, a tensor is missing, unknown or misshapen,
@@ -82,7 +92,7 @@ class Pipeline:
         with torch.device("meta"):
             checkpoint.check_transformer(DiT(checkpoint.config))
             checkpoint.check_vae(_vae_of(checkpoint))
-        return cls(checkpoint, device, dtype, offload=offload, mode=_mode(checkpoint, mode))
+        return cls(checkpoint, device, dtype, offload=offload, mode=_mode(checkpoint, mode), vae_dtype=vae_dtype)
 
     def plan(self, request: Request) -> Plan:
         """Fill in the model's defaults and lay out the windows; nothing is loaded. Raises ValueError on bad input."""
@@ -161,17 +171,21 @@ class Pipeline:
                 )[:, :, : window.latents]
             result.latents.append(latents)
             with self.placement.use(vae):
-                for chunk in clock.each("decode", _skip(window.drop, vae.decode_stream(latents))):
-                    history.add(chunk)  # the next window's beginning is encoded from what was put out
-                    yield media.to_uint8(chunk[0])
+                decoded = media.to_host(_skip(window.drop, vae.decode_stream(latents)), floats=history.limit > 0)
+                for chunk, frames in clock.each("decode", decoded):
+                    if chunk is not None:
+                        history.add(chunk)  # the next window's beginning is encoded from what was put out
+                    yield frames
 
     def _load(self) -> tuple[DiT, VAE]:
-        """The DiT on its device and the VAE, in float32 as the reference has it; kept for the next request."""
+        """The DiT and the VAE, each in its dtype; kept for the next request."""
         if self._dit is None or self._vae is None:
             with torch.device("meta"):
                 dit, vae = DiT(self.checkpoint.config), _vae_of(self.checkpoint)
             self.checkpoint.load_transformer(dit, self.placement.home, self.dtype)
-            self.checkpoint.load_vae(vae, self.placement.home, torch.float32)
+            self.checkpoint.load_vae(vae, self.placement.home, self.vae_dtype)
+            if self.device.type == "cuda":
+                vae.lay_out()
             self._dit, self._vae = dit.eval(), vae.eval()
         return self._dit, self._vae
 

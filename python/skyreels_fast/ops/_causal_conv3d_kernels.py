@@ -8,6 +8,7 @@ found by its distance from the newest, in elements.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,9 +17,11 @@ from skyreels_fast.ops._dispatch import available, jit, tl, triton
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CHANNEL_MULTIPLE = 16
+MAX_FRAMES = 3
 _ADD_ROWS, _ADD_COLUMNS = 64, 64
 # Output channels of a program, as HEAD + TAIL.
 _SPANS = ((16, 0), (32, 0), (64, 0), (64, 32), (128, 0), (128, 64))
+_UNIT = 16  # elements; whole ones tell Triton that wide loads are aligned
 _MANY_PIXELS = 16384  # above, enough large blocks for any GPU
 
 
@@ -42,18 +45,18 @@ def _weights(at, column, COLUMNS: tl.constexpr, SPAN: tl.constexpr):
     return tl.load(at, (column < COLUMNS)[None, :], other=0.0)
 
 
-@jit
+@partial(jit, do_not_specialize=["to_middle", "to_oldest", "first", "rows", "height", "width"])
 def _convolution_kernel(
-    out, newest, weight, bias, residual, to_middle, to_oldest, rows, height, width,
-    FIRST: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    out, newest, weight, bias, residual, to_middle: tl.int64, to_oldest: tl.int64, first, rows, height, width,
+    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    CACHE: tl.constexpr,
+    CACHE: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M pixels times HEAD + TAIL output channels, two powers of two: 96 = 64 + 32, 192 = 128 + 64.
 
-    newest: a frame [rows, CHANNELS]; to_middle, to_oldest: how far the frames before it lie from it. weight:
-    [COLUMNS, KT * KH * KW * CHANNELS]. FIRST: the first of the KT frames that is there. A turn of the loop takes GROUP
+    newest: a frame [rows, CHANNELS]; to_middle, to_oldest: how far the frames before it lie from it, in UNITs. weight:
+    [COLUMNS, KT * KH * KW * CHANNELS]. first: the first of the KT frames that is there. A turn of the loop takes GROUP
     blocks of BLOCK_K channels of one tap: what it costs to find the tap is paid once for all of them. CACHE: ".ca" keeps
     pixels in the L1 cache for the neighbouring taps, "" passes it by.
     """
@@ -79,12 +82,12 @@ def _convolution_kernel(
         tail = program % tiles * SPAN + HEAD + tl.arange(0, TAIL)
         tail_weight = weight + tail.to(tl.int64)[None, :] * DEPTH + k[:, None]
         tail_sums = tl.zeros((BLOCK_M, TAIL), tl.float32)
-    for turn in range(FIRST * KH * KW * TURNS, KT * KH * KW * TURNS):
+    for turn in range(first * (KH * KW * TURNS), KT * KH * KW * TURNS):
         frame = turn // (KH * KW * TURNS)
         tap = turn // TURNS % (KH * KW)
         shift = (tap // KW - KH // 2) * width + (tap % KW - KW // 2)
         distance = tl.where(frame == KT - 1, 0, tl.where(frame == KT - 2, to_middle, to_oldest))
-        here = pixel + (distance + shift * CHANNELS + turn % TURNS * (GROUP * BLOCK_K))
+        here = pixel + (distance * UNIT + shift * CHANNELS + turn % TURNS * (GROUP * BLOCK_K))
         there = ((seen >> tap) & 1 != 0)[:, None]
         for block in tl.static_range(GROUP):
             depth = turn * (GROUP * BLOCK_K) + block * BLOCK_K
@@ -109,9 +112,9 @@ def _add_kernel(out, bias, residual, rows, columns, ROWS: tl.constexpr, BLOCK: t
     _finish(out, sums, bias, residual, row, rows, column, columns)
 
 
-def can_add(x: Tensor) -> bool:
-    """Whether `add_in_place` takes tensors like x."""
-    return x.dtype in DTYPES and "triton" in available(x.device.type)
+def present(x: Tensor) -> bool:
+    """Whether kernels run on x's device."""
+    return "triton" in available(x.device.type)
 
 
 def add_in_place(out: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -143,26 +146,33 @@ def blocks_of(out_channels: int, channels: int, pixels: int) -> dict[str, int | 
     }
 
 
+def _distance(frame: Tensor, newest: Tensor) -> int:
+    return (frame.data_ptr() - newest.data_ptr()) // newest.itemsize
+
+
+def _aligned(frame: Tensor, newest: Tensor) -> Tensor:
+    return frame.clone() if _distance(frame, newest) % _UNIT else frame
+
+
 def launch(
     frames: Sequence[Tensor], weight: Tensor, bias: Tensor | None, residual: Tensor | None, blocks: dict[str, int | str]
 ) -> Tensor:
     """The convolution with the given block sizes, as `blocks_of` names them."""
-    frames = [frame.contiguous() for frame in frames]
-    newest = frames[-1]
+    newest = frames[-1].contiguous()
+    frames = [_aligned(frame.contiguous(), newest) for frame in frames[:-1]]
     batch, height, width, channels = newest.shape
     out_channels, _, *taps = weight.shape
     out = torch.empty((batch, height, width, out_channels), dtype=newest.dtype, device=newest.device)
     if out.numel() == 0:
         return out
     matrix = weight.permute(0, 2, 3, 4, 1).contiguous()  # no copy in the order of channels_last_3d
-    distances = [(frame.data_ptr() - newest.data_ptr()) // newest.itemsize for frame in reversed(frames)]
-    to_middle, to_oldest = (distances + [0, 0])[1:3]
+    distances = [_distance(frame, newest) // _UNIT for frame in reversed(frames)]
     rows = batch * height * width
     tiles = triton.cdiv(out_channels, blocks["HEAD"] + blocks["TAIL"])
     with torch.cuda.device_of(newest):
         _convolution_kernel[(triton.cdiv(rows, blocks["BLOCK_M"]) * tiles,)](
-            out, newest, matrix, bias, None if residual is None else residual.contiguous(), to_middle, to_oldest,
-            rows, height, width, FIRST=taps[0] - len(frames), KT=taps[0], KH=taps[1], KW=taps[2],
+            out, newest, matrix, bias, None if residual is None else residual.contiguous(), *(distances + [0, 0])[:2],
+            taps[0] - 1 - len(frames), rows, height, width, KT=taps[0], KH=taps[1], KW=taps[2], UNIT=_UNIT,
             CHANNELS=channels, COLUMNS=out_channels, PRECISION="ieee" if newest.dtype == torch.float32 else "tf32", **blocks,
         )  # fmt: skip
     return out

@@ -8,7 +8,7 @@ outside. weight: [O, C, KT, KH, KW] with odd KH and KW; bias: [O]; residual: [B,
 result has. Sums are float32 (float64 where the frames are); on "triton" and "ref" rounded once.
 
     triton   an implicit matrix product [B*H*W, KT*KH*KW*C] x [.., O] that reads each frame where it lies; bias and
-             residual are added before the one rounding. C a multiple of 16. Weights whose memory is in the order of
+             residual are added before the one rounding. C a multiple of 16, KT up to 3. Weights whose memory is in the order of
              torch.channels_last_3d are read where they lie, others are copied first
     conv2d   torch's 2D convolution of the frames side by side in the channels: cuDNN's on a GPU
     conv3d   torch's 3D convolution of the stacked frames
@@ -61,10 +61,15 @@ def causal_conv3d_cost(
 
 
 def _conv2d(frames: Sequence[Tensor], weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    x = (torch.cat(list(frames), dim=-1) if len(frames) > 1 else frames[0]).permute(0, 3, 1, 2)
     # [O, C, t, KH, KW] → [O, t·C, KH, KW], in memory [O, KH, KW, t·C]: what cuDNN reads best
-    taps = weight[:, :, -len(frames) :].permute(0, 3, 4, 2, 1).flatten(3).permute(0, 3, 1, 2)
-    return _torch_convolution(functional.conv2d, x, taps, bias, residual)
+    taps = weight[:, :, -len(frames) :].permute(0, 3, 4, 2, 1).flatten(3)
+    # Tensor cores take whole eights of channels.
+    missing = -taps.shape[-1] % 8 if weight.is_cuda else 0
+    if missing:
+        frames = [*frames, frames[0].new_zeros(*frames[0].shape[:3], missing)]
+        taps = functional.pad(taps, (0, missing))
+    x = torch.cat(list(frames), dim=-1) if len(frames) > 1 else frames[0]
+    return _torch_convolution(functional.conv2d, x.permute(0, 3, 1, 2), taps.permute(0, 3, 1, 2), bias, residual)
 
 
 def _conv3d(frames: Sequence[Tensor], weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -75,7 +80,7 @@ def _conv3d(frames: Sequence[Tensor], weight: Tensor, bias: Tensor | None, resid
 def _torch_convolution(convolve, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """A convolution with one output frame, and one pass for what is added to it where a kernel can do that."""
     padding = (0,) * (x.dim() - 4) + (weight.shape[-2] // 2, weight.shape[-1] // 2)
-    fused = kernels.can_add(x) and not needs_grad(x, weight, bias, residual)
+    fused = x.dtype in kernels.DTYPES and kernels.present(x) and not needs_grad(x, weight, bias, residual)
     out = convolve(x, weight, None if fused else bias, padding=padding)
     out = (out[:, :, 0] if x.dim() == 5 else out).permute(0, 2, 3, 1)
     if fused:
@@ -103,21 +108,24 @@ def _check(frames: Sequence[Tensor], weight: Tensor, bias: Tensor | None, residu
             raise ValueError(f"{name}: all tensors must have {what}, not {' and '.join(sorted(map(str, kinds)))}")
 
 
-def _choose(backend: str | None, x: Tensor, *others: Tensor | None) -> str:
+def _choose(backend: str | None, x: Tensor, weight: Tensor, *others: Tensor | None) -> str:
     """`backend`, or the default, "conv2d" for what the kernel cannot do. Raises ValueError for one that cannot run."""
     name = "causal_conv3d"
-    usable = x.dtype in kernels.DTYPES and x.shape[-1] % kernels.CHANNEL_MULTIPLE == 0
+    fits = x.shape[-1] % kernels.CHANNEL_MULTIPLE == 0 and weight.shape[2] <= kernels.MAX_FRAMES
+    usable = x.dtype in kernels.DTYPES and fits
     if backend is None:
         chosen = DEFAULT.get(x.device.type, "conv2d")
-        return "conv2d" if chosen == "triton" and (not usable or needs_grad(x, *others)) else chosen
+        possible = usable and kernels.present(x) and not needs_grad(x, weight, *others)
+        return "conv2d" if chosen == "triton" and not possible else chosen
     if backend not in BACKENDS:
         raise ValueError(f"{name}: backend {backend!r} is not one of {', '.join(BACKENDS)}")
     if backend == "triton":
         choose(name, backend, x.device.type)
         if not usable:
             raise ValueError(
-                f"{name}: backend 'triton' takes float32, float16 and bfloat16 and C in multiples of "
-                f"{kernels.CHANNEL_MULTIPLE}, not {x.dtype} and C = {x.shape[-1]}; use 'conv2d'"
+                f"{name}: backend 'triton' takes float32, float16 and bfloat16, C in multiples of "
+                f"{kernels.CHANNEL_MULTIPLE} and KT up to {kernels.MAX_FRAMES}, not {x.dtype}, C = {x.shape[-1]} and "
+                f"KT = {weight.shape[2]}; use 'conv2d'"
             )
     return backend
 
