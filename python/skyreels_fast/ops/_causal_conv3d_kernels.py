@@ -179,9 +179,7 @@ def launch(
 
 
 @torch.library.custom_op("skyreels_fast::causal_conv3d", mutates_args=())
-def causal_conv3d(
-    frames: Sequence[Tensor], weight: Tensor, bias: Tensor | None, residual: Tensor | None
-) -> Tensor:
+def causal_conv3d(frames: Sequence[Tensor], weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     shape = frames[-1].shape
     return launch(frames, weight, bias, residual, blocks_of(len(weight), shape[3], shape.numel() // shape[3]))
 

@@ -185,8 +185,10 @@ class VAE(nn.Module):
         frames = flow(self.decoder.stages, map(enter, latents.unbind(2)))
         frames = _tuned((frame.permute(0, 3, 1, 2).float().clamp(-1, 1) for frame in frames), mean.device)
         count = 1
-        while chunk := list(islice(frames, count)):
-            yield torch.stack(chunk, dim=2)
+        # Nothing is held by a name while the next frames are made.
+        while (chunk := _stacked(islice(frames, count))) is not None:
+            yield chunk
+            del chunk
             count = VAE_STRIDE[0]
 
     def _frames_of(self, chunks: Iterable[Tensor]) -> Frames:
@@ -209,6 +211,12 @@ class VAE(nn.Module):
 
 def _middle(dim: int) -> nn.ModuleList:
     return nn.ModuleList([ResidualBlock(dim, dim), SpatialAttention(dim), ResidualBlock(dim, dim)])
+
+
+def _stacked(frames: Frames) -> Tensor | None:
+    """Frames [B, 3, H, W] as a chunk [B, 3, t, H, W]; None where there are none."""
+    chunk = list(frames)
+    return torch.stack(chunk, dim=2) if chunk else None
 
 
 def _tuned(frames: Frames, device: torch.device) -> Frames:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 OVERLAP = 8  # latent pixels that neighbours share, at least
 SMALLEST = 2 * OVERLAP  # latent pixels along a side
-_WORKING_FRAMES = 7  # of the widest layer, that a layer has at once: input, norm, three joined for cuDNN, output, spare
+_WORKING_FRAMES = 8  # of the widest layer: its input, the norm, three joined, two outputs, and what waits below
 
 
 def decode_bytes(vae: VAE, shape: Sequence[int]) -> int:
