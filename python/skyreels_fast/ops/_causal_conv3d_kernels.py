@@ -57,8 +57,8 @@ def _convolution_kernel(
 
     newest: a frame [rows, CHANNELS]; to_middle, to_oldest: how far the frames before it lie from it, in UNITs. weight:
     [COLUMNS, KT * KH * KW * CHANNELS]. first: the first of the KT frames that is there. A turn of the loop takes GROUP
-    blocks of BLOCK_K channels of one tap: what it costs to find the tap is paid once for all of them. CACHE: ".ca" keeps
-    pixels in the L1 cache for the neighbouring taps, "" passes it by.
+    blocks of BLOCK_K channels of one tap: what it costs to find the tap is paid once for all of them. CACHE: ".ca"
+    keeps pixels in the L1 cache for the neighbouring taps, "" passes it by.
     """
     SPAN: tl.constexpr = HEAD + TAIL
     TURNS: tl.constexpr = CHANNELS // (GROUP * BLOCK_K)  # to a tap
@@ -132,17 +132,16 @@ def add_in_place(out: Tensor, bias: Tensor | None, residual: Tensor | None) -> T
 def blocks_of(out_channels: int, channels: int, pixels: int) -> dict[str, int | str]:
     """Block sizes, warps and pipeline stages for a shape."""
     head, tail = min(_SPANS, key=lambda span: (triton.cdiv(out_channels, sum(span)) * sum(span), -sum(span)))
-    many = pixels >= _MANY_PIXELS
-    narrow = channels == 96
+    few, narrow = pixels < _MANY_PIXELS, channels == 96
     return {
-        "BLOCK_M": 128 if many else 64,
+        "BLOCK_M": 64 if few else 256 if head + tail <= 96 else 128,
         "HEAD": head,
         "TAIL": tail,
         "BLOCK_K": next(size for size in (64, 32, 16) if channels % size == 0),
         "GROUP": 3 if narrow else 1,
         "CACHE": ".ca",
-        "num_warps": 8 if many and head + tail > 96 else 4,
-        "num_stages": 3 if narrow else 4,
+        "num_warps": 4 if few else 8,
+        "num_stages": 2 if narrow else 4,
     }
 
 
@@ -173,7 +172,8 @@ def launch(
         _convolution_kernel[(triton.cdiv(rows, blocks["BLOCK_M"]) * tiles,)](
             out, newest, matrix, bias, None if residual is None else residual.contiguous(), *(distances + [0, 0])[:2],
             taps[0] - 1 - len(frames), rows, height, width, KT=taps[0], KH=taps[1], KW=taps[2], UNIT=_UNIT,
-            CHANNELS=channels, COLUMNS=out_channels, PRECISION="ieee" if newest.dtype == torch.float32 else "tf32", **blocks,
+            CHANNELS=channels, COLUMNS=out_channels, PRECISION="ieee" if newest.dtype == torch.float32 else "tf32",
+            **blocks,
         )  # fmt: skip
     return out
 

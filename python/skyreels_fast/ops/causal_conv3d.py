@@ -8,7 +8,7 @@ outside. weight: [O, C, KT, KH, KW] with odd KH and KW; bias: [O]; residual: [B,
 result has. Sums are float32 (float64 where the frames are); on "triton" and "ref" rounded once.
 
     triton   an implicit matrix product [B*H*W, KT*KH*KW*C] x [.., O] that reads each frame where it lies; bias and
-             residual are added before the one rounding. C a multiple of 16, KT up to 3. Weights whose memory is in the order of
+             residual are added before the one rounding. C a multiple of 16, KT up to 3. Weights in the memory order of
              torch.channels_last_3d are read where they lie, others are copied first
     conv2d   torch's 2D convolution of the frames side by side in the channels: cuDNN's on a GPU
     conv3d   torch's 3D convolution of the stacked frames
@@ -138,10 +138,10 @@ def causal_conv3d(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """The convolution's output at the newest of `frames` (1 to KT of them [B, H, W, C], the oldest first): [B, H, W, O].
+    """The convolution's output [B, H, W, O] at the newest of `frames`: 1 to KT of them [B, H, W, C], the oldest first.
 
-    weight: [O, C, KT, KH, KW]; bias: [O]; residual: [B, H, W, O], added. Raises ValueError for shapes, dtypes or devices
-    that do not fit, or a backend that is not there.
+    weight: [O, C, KT, KH, KW]; bias: [O]; residual: [B, H, W, O], added. Raises ValueError for shapes, dtypes or
+    devices that do not fit, or a backend that is not there.
     """
     _check(frames, weight, bias, residual)
     backend = _choose(backend, frames[-1], weight, bias, residual)

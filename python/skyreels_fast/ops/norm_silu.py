@@ -3,9 +3,10 @@
     norm(x)  = x / max(|x|, 1e-12) * sqrt(C) * gamma, |x| the Euclidean norm over C
     y        = norm(x) * sigmoid(norm(x)), or norm(x) alone with silu=False
 
-x: [..., C], the channels last, as in a frame [B, H, W, C]; gamma: [C]. The math is float32 (float64 where x is), rounded
-once. Rows of C values must be evenly spaced and contiguous, or x is copied; the result is contiguous. The kernel takes
-float32, float16 and bfloat16 and C up to 8192, and gives the same bits each time. Not differentiable, except on "ref".
+x: [..., C], the channels last, as in a frame [B, H, W, C]; gamma: [C]. The math is float32 (float64 where x is),
+rounded once. Rows of C values must be evenly spaced and contiguous, or x is copied; the result is contiguous. Kernels
+take float32, float16 and bfloat16 and C up to 8192, and give the same bits each time. Not differentiable, except on the
+backend "ref".
 """
 
 from __future__ import annotations

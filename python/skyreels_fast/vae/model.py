@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 
 import torch
@@ -43,7 +44,7 @@ class Head(nn.ModuleList):
 
     def flow(self, frames: Frames) -> Frames:
         norm, _, conv = self
-        return conv.flow(map(lambda frame: norm.frame(frame, silu=True), frames))
+        return conv.flow(map(partial(norm.frame, silu=True), frames))
 
 
 class Encoder(nn.Module):

@@ -58,13 +58,14 @@ def decode(
     for (top, bottom), (left, right) in product(rows, columns):
         weight = _fade(top, bottom, height)[:, None] * _fade(left, right, width)
         window = (
+            ...,
             slice(top * VAE_STRIDE[1], bottom * VAE_STRIDE[1]),
             slice(left * VAE_STRIDE[2], right * VAE_STRIDE[2]),
         )
         weights[window] += weight
         first = 0
         for chunk in decode_whole(latents[..., top:bottom, left:right]):
-            video[:, :, first : first + chunk.shape[2], *window] += chunk.cpu() * weight
+            video[:, :, first : first + chunk.shape[2]][window] += chunk.cpu() * weight
             first += chunk.shape[2]
     yield from (video / weights).split([1] + [VAE_STRIDE[0]] * (frames - 1), dim=2)
 
