@@ -8,7 +8,7 @@ found by its distance from the newest, in elements.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ _ADD_ROWS, _ADD_COLUMNS = 64, 64
 # Output channels of a program, as HEAD + TAIL.
 _SPANS = ((16, 0), (32, 0), (64, 0), (64, 32), (128, 0), (128, 64))
 _UNIT = 16  # elements; whole ones tell Triton that wide loads are aligned
+_MOST_SHARED = 163840  # bytes
 _MANY_PIXELS = 16384  # above, enough large blocks for any GPU
 
 
@@ -115,6 +116,14 @@ def _add_kernel(out, bias, residual, rows, columns, ROWS: tl.constexpr, BLOCK: t
 def present(x: Tensor) -> bool:
     """Whether kernels run on x's device."""
     return "triton" in available(x.device.type)
+
+
+@lru_cache
+def has_room(device: torch.device) -> bool:
+    """Whether the convolution runs on the device: Triton is there, and shared memory for the blocks of `blocks_of`."""
+    if device.type != "cuda" or "triton" not in available("cuda"):
+        return "triton" in available(device.type)
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) >= _MOST_SHARED
 
 
 def add_in_place(out: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:

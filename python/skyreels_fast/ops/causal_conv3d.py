@@ -115,7 +115,7 @@ def _choose(backend: str | None, x: Tensor, weight: Tensor, *others: Tensor | No
     usable = x.dtype in kernels.DTYPES and fits
     if backend is None:
         chosen = DEFAULT.get(x.device.type, "conv2d")
-        possible = usable and kernels.present(x) and not needs_grad(x, weight, *others)
+        possible = usable and kernels.has_room(x.device) and not needs_grad(x, weight, *others)
         return "conv2d" if chosen == "triton" and not possible else chosen
     if backend not in BACKENDS:
         raise ValueError(f"{name}: backend {backend!r} is not one of {', '.join(BACKENDS)}")
