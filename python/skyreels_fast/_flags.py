@@ -129,7 +129,7 @@ FLAGS = {
         Flag("model_id", "MODEL", 'directory, Hugging Face id, or "tiny", the bundled model (default: %(default)s)'),
         Flag("device", "NAME", "cuda, cuda:N or cpu (default: cuda where there is one)"),
         Flag("dtype", "TYPE", "bfloat16, float16 or float32 (default: bfloat16 on cuda, float32 on cpu)"),
-        Flag("vae_dtype", "TYPE", "the same for the VAE; float32 is closest to the reference (default: as --dtype's)"),
+        Flag("vae_dtype", "TYPE", "the same for the VAE alone (default: bfloat16 on cuda, float32 on cpu)"),
         Flag("offload", None, "stream the weights from host memory: less GPU memory, the same result"),
         Flag("use_usp", None, "several GPUs for one video (not supported yet)"),
     ),
