@@ -37,9 +37,9 @@ class Plan(SimpleNamespace):
 
 class Pipeline:
     @classmethod
-    def from_pretrained(cls, path, device="cuda", dtype=None, offload=False, mode=None, vram=None, attention=None):
+    def from_pretrained(cls, path, device="cuda", dtype=None, mode=None, vram=None, **options):
         budgets.append(vram)
-        opened.append((path, device, dtype, offload, mode, attention))
+        opened.append((path, device, dtype, options["offload"], mode, options))
         if error_at_open: raise error_at_open
         pipe = cls()
         pipe.mode = mode or "t2v"

@@ -45,6 +45,7 @@ def test_a_run_leaves_a_video_and_its_settings(fake, capfd, program):
     assert opened[0] == "tiny"
     assert opened[1] == "cpu"
     assert str(opened[2]) == "torch.float32"
+    assert record["vae_dtype"] == "float32"
     assert opened[4] == ("df" if program == "generate_video_df.py" else "t2v")
     assert sorted(path.parent.iterdir()) == sorted([path, path.with_suffix(".json")])
 

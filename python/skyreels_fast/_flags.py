@@ -129,6 +129,7 @@ FLAGS = {
         Flag("model_id", "MODEL", 'directory, Hugging Face id, or "tiny", the bundled model (default: %(default)s)'),
         Flag("device", "NAME", "cuda, cuda:N or cpu (default: cuda where there is one)"),
         Flag("dtype", "TYPE", "bfloat16, float16 or float32 (default: bfloat16 on cuda, float32 on cpu)"),
+        Flag("vae_dtype", "TYPE", "the same for the VAE alone (default: bfloat16 on cuda, float32 on cpu)"),
         Flag("attention", "NAME", "fa3, fa4, fa2, cudnn, flash or sdpa (default: the fastest there is)"),
         Flag("offload", None, "stream all blocks from host memory: least GPU memory, the same result"),
         Flag("vram", "GIB", "GPU memory to denoise in: blocks that fit stay there, the others are streamed"),

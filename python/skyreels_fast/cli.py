@@ -98,6 +98,7 @@ def _prepare(program: str, mode: str, argv: list[str]) -> _Job | int:
         _check_output(args)
         args.device = device_name(args.device)
         args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+        args.vae_dtype = args.vae_dtype or ("float32" if args.device == "cpu" else "bfloat16")
         return _open(program, mode, args, request)
     except (ValueError, OSError) as error:
         _say(program, f"error: {_one_line(error)}")
@@ -118,6 +119,7 @@ def _open(program: str, mode: str, args: argparse.Namespace, request: Request) -
         mode=mode,
         vram=args.vram,
         attention=args.attention,
+        vae_dtype=getattr(torch, args.vae_dtype),
     )
     plan = pipe.plan(request)
     original = plan.settings.prompt

@@ -69,17 +69,17 @@ class History:
     """The last pixel frames put out, which the next window begins with; on the host, so that the device is free."""
 
     def __init__(self, limit: int) -> None:
-        self._limit, self._chunks = limit, deque[Tensor]()
+        self.limit, self._chunks = limit, deque[Tensor]()
         self.frames = 0
 
     def add(self, chunk: Tensor) -> None:
         """Append frames [1, 3, t, H, W] in [−1, 1] and forget those beyond the limit."""
-        if not self._limit:
+        if not self.limit:
             return
         self._chunks.append(chunk.cpu())
         self.frames += chunk.shape[2]
-        while self.frames > self._limit:
-            surplus, oldest = self.frames - self._limit, self._chunks.popleft()
+        while self.frames > self.limit:
+            surplus, oldest = self.frames - self.limit, self._chunks.popleft()
             if oldest.shape[2] > surplus:
                 self._chunks.appendleft(oldest[:, :, surplus:].clone())
             self.frames -= min(surplus, oldest.shape[2])

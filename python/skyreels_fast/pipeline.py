@@ -58,12 +58,14 @@ class Pipeline:
         mode: str | None,
         vram: float | None = None,
         attention: str | None = None,
+        vae_dtype: torch.dtype | None = None,
     ) -> None:
         check_vram(vram, device, offload)
         self.checkpoint, self.device, self.dtype, self.mode = checkpoint, device, dtype, mode
         self.offload, self.vram = offload, vram
         self.attention = ops.choose_attention(attention, device, dtype)
         self._attend = partial(ops.attention, backend=attention)
+        self.vae_dtype = vae_dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         self.placement = Placement(device, offload=offload, vram_bytes=None if vram is None else int(vram * GIB))
         self.conditions = Conditions(checkpoint, self.placement, dtype)
         self._dit: DiT | None = None
@@ -79,6 +81,7 @@ class Pipeline:
         mode: str | None = None,
         vram: float | None = None,
         attention: str | None = None,
+        vae_dtype: torch.dtype | None = None,
     ) -> Pipeline:
         """Open a model directory, hub id, or "tiny" (the bundled model); weights are read when first needed.
 
@@ -89,6 +92,7 @@ class Pipeline:
             mode: "df" (diffusion forcing) or "t2v", which an image-to-video model runs as "i2v"; None takes what the
                 model was made for. Where nothing in the directory tells, requests do: "df" where they ask for it.
             attention: the backend of `ops.attention`; None: the fastest that the device has.
+            vae_dtype: what the VAE computes in; None takes bfloat16 on a GPU, float32 on the CPU.
 
         Raises:
             ValueError: the directory is unknown or incomplete, a tensor is missing, unknown or misshapen,
@@ -104,7 +108,7 @@ class Pipeline:
         with torch.device("meta"):
             checkpoint.check_transformer(DiT(checkpoint.config))
             checkpoint.check_vae(_vae_of(checkpoint))
-        options = {"offload": offload, "vram": vram, "attention": attention}
+        options = {"offload": offload, "vram": vram, "attention": attention, "vae_dtype": vae_dtype}
         return cls(checkpoint, device, dtype, mode=_mode(checkpoint, mode), **options)
 
     def plan(self, request: Request) -> Plan:
@@ -208,17 +212,21 @@ class Pipeline:
                 )[:, :, : window.latents]
             result.latents.append(latents)
             with self.placement.use(vae):
-                for chunk in clock.each("decode", _skip(window.drop, vae.decode_stream(latents))):
-                    history.add(chunk)  # the next window's beginning is encoded from what was put out
-                    yield media.to_uint8(chunk[0])
+                decoded = media.to_host(_skip(window.drop, vae.decode_stream(latents)), floats=history.limit > 0)
+                for chunk, frames in clock.each("decode", decoded):
+                    if chunk is not None:
+                        history.add(chunk)  # the next window's beginning is encoded from what was put out
+                    yield frames
 
     def _load(self) -> tuple[DiT, VAE]:
-        """The DiT on its device and the VAE, in float32 as the reference has it; kept for the next request."""
+        """The DiT and the VAE, each in its dtype; kept for the next request."""
         if self._dit is None or self._vae is None:
             with torch.device("meta"):
                 dit, vae = DiT(self.checkpoint.config), _vae_of(self.checkpoint)
             self.checkpoint.load_transformer(dit, self.placement.home, self.dtype)
-            self.checkpoint.load_vae(vae, self.placement.home, torch.float32)
+            self.checkpoint.load_vae(vae, self.placement.home, self.vae_dtype)
+            if self.device.type == "cuda":
+                vae.lay_out()
             self._dit, self._vae = dit.eval(), vae.eval()
         return self._dit, self._vae
 
