@@ -14,7 +14,9 @@ Row = dict[str, Any]
 NOISE = 0.03
 YARDSTICKS = ("ref", "ref-compiled", "torch-sdpa", "diffusers", "diffusers-compiled")  # what we compare ourselves with
 _OP = ("op", "variant", "shape", "frames", "block_tokens", "dtype")
-_VIDEO = "model resolution frames mode gpus offload precision attention_asked steps guidance ar_step causal_block_size"
+_VIDEO = (
+    "model resolution frames mode gpus offload vram precision attention_asked steps guidance ar_step causal_block_size"
+)
 IDENTITY = {
     "ops": ("bench", "gpu", "impl", *_OP),
     "video": ("bench", "gpu", "impl", *_VIDEO.split(), "teacache", "base_frames", "overlap", "weights"),

@@ -214,7 +214,7 @@ def prepare(work: Work, args: argparse.Namespace, device: torch.device) -> Prepa
 
 
 def _pipeline(work: Work, args: argparse.Namespace, device: torch.device) -> sf.Pipeline:
-    options = {"offload": args.offload, "mode": work.kind, "attention": args.attention}
+    options = {"offload": args.offload, "vram": args.vram, "mode": work.kind, "attention": args.attention}
     if args.gpus > 1:
         options["degrees"] = Degrees(args.ulysses_degree, args.ring_degree, args.cfg_parallel)
     if args.weights is not None:

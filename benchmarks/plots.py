@@ -10,13 +10,20 @@ PLOTS = {
     "latency": ("One forward", "ms_per_forward", "ms"),
     "memory": ("Peak GPU memory", "peak_allocated_gib", "GiB"),
 }
-_COLOURS = {"skyreels_fast": "#1b6ca8", "diffusers-compiled": "#8a8f98", "diffusers": "#c3c7cd"}
+_COLOURS = {
+    "skyreels_fast": "#1b6ca8",
+    "diffusers-accelerated": "#7fb2d9",
+    "diffusers-compiled": "#8a8f98",
+    "diffusers": "#c3c7cd",
+}
 
 
 def bars(rows: list[dict[str, Any]], key: str) -> tuple[list[str], dict[str, list[float | None]]]:
     """(groups, heights of each implementation's bars), of the latest rows: one GPU, resident, all frames in step."""
     plain = [
-        row for row in rows if (row["mode"], row["gpus"]) == ("sync", 1) and not (row["offload"] or row["teacache"])
+        row
+        for row in rows
+        if (row["mode"], row["gpus"]) == ("sync", 1) and not (row["offload"] or row.get("vram") or row["teacache"])
     ]
     known = [row for row in plain if row["impl"] in _COLOURS and row.get(key) is not None]
     groups = sorted({_group(row) for row in known})

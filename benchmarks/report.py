@@ -26,9 +26,10 @@ Columns = dict[str, Callable[[Row], str]]
 OURS = "skyreels_fast"
 EMPTY = "_Not measured yet._"
 _MARKED = re.compile(r"(<!-- benchmarks:([\w-]+) -->\n).*?(<!-- /benchmarks:\2 -->)", re.DOTALL)
-_WHAT = ("gpu", "model", "resolution", "frames", "mode", "gpus", "layout", "offload", "precision", "attention_asked",
-         "guidance", "ar_step", "causal_block_size", "teacache", "base_frames", "overlap", "weights")  # fmt: skip
-_IMPLS = (OURS, "diffusers", "diffusers-compiled")
+_WHAT = ("gpu", "model", "resolution", "frames", "mode", "gpus", "layout", "offload", "vram", "precision",
+         "attention_asked", "guidance", "ar_step", "causal_block_size", "teacache", "base_frames", "overlap",
+         "weights")  # fmt: skip
+_IMPLS = (OURS, "diffusers-accelerated", "diffusers", "diffusers-compiled")
 
 
 def committed_rows(directory: Path) -> list[Row]:
@@ -87,6 +88,8 @@ def _mode(row: Row) -> str:
         notes.append(f"TeaCache {row['teacache']:g}")
     if row["offload"]:
         notes.append("offload")
+    if row.get("vram"):
+        notes.append(f"--vram {row['vram']:g}")
     return ", ".join(notes)
 
 

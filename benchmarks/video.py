@@ -123,6 +123,7 @@ def parser() -> argparse.ArgumentParser:
     add("--base_frames", type=int, help="frames of a window, for a video longer than one")
     add("--overlap", type=int, help="frames that windows share")
     add("--offload", action="store_true")
+    add("--vram", type=float, help="GiB of GPU memory to keep to while denoising")
     add("--attention", help="a backend of ops.attention (default: the one chosen for this GPU)")
     add("--teacache", type=float, nargs="?", const=0.2, help="with this threshold (0.2 if none is given)")
     add("--use_ret_steps", action="store_true")
@@ -130,7 +131,7 @@ def parser() -> argparse.ArgumentParser:
     add("--with_text", action="store_true", help="time the text stage too, on a random UMT5 of the true size")
     add("--weights", type=Path, help="a model directory in place of random weights; load_s is then its loading time")
     add("--no_warm_up", action="store_true")
-    add("--peer", action="append", choices=peers.PEERS, default=[], help="may be given twice")
+    add("--peer", action="append", choices=peers.PEERS, default=[], help="may be given several times")
     add("--gpus", type=int, default=1)
     add("--ulysses_degree", type=int)
     add("--ring_degree", type=int)
@@ -153,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
     if chief:
         print(harness.provenance(device))
         print(f"plan: {prepared.describe()}; {work.tokens} tokens; peers: {', '.join(args.peer) or 'none'}", flush=True)
-    given = {"gpus": gpus, "offload": args.offload, "attention_asked": args.attention}
+    given = {"gpus": gpus, "offload": args.offload, "vram": args.vram, "attention_asked": args.attention}
     given |= {"floor_ms": least and least / gpus, "weights": "files" if args.weights else "random"}
     rows = [row_of("skyreels_fast", work, prepared.measure(), device, **given)]
     harness.append(out, rows[0])
@@ -172,7 +173,9 @@ def run(args: argparse.Namespace) -> int:
             failed = True
             print(f"{peer} failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}")
             continue
-        rows.append(row_of(peer, work, values, device, **{**given, "offload": False, "attention_asked": None}))
+        rows.append(
+            row_of(peer, work, values, device, **{**given, "offload": False, "vram": None, "attention_asked": None})
+        )
         harness.append(out, rows[-1])
     if chief:
         print(table(rows))

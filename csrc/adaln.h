@@ -1,4 +1,4 @@
-// The checked entries of adaln.cu, which states their contract.
+// The checked entry of adaln.cu, which states its contract.
 #pragma once
 
 #include <cstdint>
@@ -19,10 +19,5 @@ constexpr std::int64_t kAdalnMaxDim = 8192;
 
 void norm_scale_shift(const Rows& out, const Rows& x, const Rows* scale, const Rows* shift, const Rows* weight,
                       const Rows* bias, std::int64_t dim, float eps, Address stream);
-void scale_residual(const Rows& residual_out, const Rows& residual, const Rows& x, const Rows* gate, std::int64_t dim,
-                    Address stream);
-void scale_residual_norm_scale_shift(const Rows& residual_out, const Rows& out, const Rows& residual, const Rows& x,
-                                     const Rows* gate, const Rows* scale, const Rows* shift, const Rows* weight,
-                                     const Rows* bias, std::int64_t dim, float eps, Address stream);
 
 }  // namespace skyreels_fast

@@ -1,4 +1,4 @@
-// What every kernel family shares: element types, wide packs, the persistent grid, error reports.
+// What every kernel family shares: element types, the persistent grid, error reports.
 // Device pointers come in as integers and errors leave as exceptions, so that nothing here knows torch:
 // std::invalid_argument (ValueError in Python) for a wrong argument, std::runtime_error for a CUDA error.
 #pragma once
@@ -22,36 +22,6 @@ constexpr int kThreads = 256;
 constexpr int kPackBytes = 16;
 // Loads a thread issues from each input before it uses the first: enough to cover the latency of device memory.
 constexpr int kInFlight = 4;
-
-// Neighbouring elements that a thread loads or stores together, in words of kPackBytes at most; a pack of one is just
-// aligned to its element.
-template <typename T, int kWidth>
-struct Pack {
-  static constexpr int kBytes = static_cast<int>(sizeof(T)) * kWidth;
-  static constexpr int kWordBytes = kBytes < kPackBytes ? kBytes : kPackBytes;
-  static constexpr int kWords = kBytes / kWordBytes;
-  static_assert(kWidth == 1 || kWordBytes == 16 || kWordBytes == 8);
-  using Word = std::conditional_t<kWidth == 1, T, std::conditional_t<kWordBytes == 16, uint4, uint2>>;
-  alignas(Word) T lane[kWidth];
-
-  __device__ static Pack load(const T* from) {
-    Word words[kWords];
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const Word*>(from)[i];
-    Pack pack;
-    memcpy(&pack, words, sizeof(pack));
-    return pack;
-  }
-
-  __device__ void store(T* to) const {
-    Word words[kWords];
-    memcpy(words, this, sizeof(words));
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      __stcs(reinterpret_cast<Word*>(to) + i, words[i]);  // evict first: what these kernels write outgrows the caches
-    }
-  }
-};
 
 inline void check_cuda(cudaError_t status, const char* where) {
   if (status == cudaSuccess) return;

@@ -20,46 +20,38 @@ __device__ inline float2 unpack(std::uint32_t word, __half) {
 __device__ inline __nv_bfloat162 rounded(float2 pair, __nv_bfloat16) { return __float22bfloat162_rn(pair); }
 __device__ inline __half2 rounded(float2 pair, __half) { return __float22half2_rn(pair); }
 
-// kWidth of them, moved 16 bytes at a time where they make so many (at addresses that are multiples of 16), else one by
-// one.
+// kWidth of them, moved 16 or 8 bytes at a time where they make so many (at addresses that are multiples of those), else
+// one by one.
 template <typename T, int kWidth>
 struct Elements {
   static constexpr int kBytes = static_cast<int>(sizeof(T)) * kWidth;
-  static constexpr bool kWide = kBytes % kPackBytes == 0;
-  static constexpr int kPairs = kWidth / 2;
-  static_assert(kWide || kWidth == 2);
-  std::uint32_t word[kBytes / 4];
+  static constexpr int kCount = kWidth, kPairs = kWidth / 2;
+  static constexpr bool kWide = kWidth > 2;
+  using Word = std::conditional_t<kWide, std::conditional_t<kBytes % kPackBytes == 0, uint4, uint2>, T>;
+  static constexpr int kWords = kBytes / static_cast<int>(sizeof(Word));
+  static_assert(kWidth <= 2 || kBytes % sizeof(Word) == 0);
+  std::uint32_t word[(kBytes + 3) / 4];
 
   // kOnce: nobody reads them again, so the caches should keep what is.
   template <bool kOnce>
   __device__ static Elements load(const T* from) {
-    Elements elements;
-    if constexpr (kWide) {
+    Word words[kWords];
 #pragma unroll
-      for (int i = 0; i < kBytes / kPackBytes; ++i) {
-        const uint4* at = reinterpret_cast<const uint4*>(from) + i;
-        const uint4 loaded = kOnce ? __ldcs(at) : __ldg(at);
-        memcpy(elements.word + 4 * i, &loaded, sizeof(loaded));
-      }
-    } else {
-      const T singly[2] = {from[0], from[1]};
-      memcpy(elements.word, singly, sizeof(singly));
+    for (int i = 0; i < kWords; ++i) {
+      const Word* at = reinterpret_cast<const Word*>(from) + i;
+      words[i] = kOnce ? __ldcs(at) : __ldg(at);
     }
+    Elements elements;
+    memcpy(elements.word, words, sizeof(words));
     return elements;
   }
 
+  // Evict first: what these kernels write outgrows the caches.
   __device__ void store(T* to) const {
-    if constexpr (kWide) {
+    Word words[kWords];
+    memcpy(words, word, sizeof(words));
 #pragma unroll
-      for (int i = 0; i < kBytes / kPackBytes; ++i) {
-        __stcs(reinterpret_cast<uint4*>(to) + i, uint4{word[4 * i], word[4 * i + 1], word[4 * i + 2], word[4 * i + 3]});
-      }
-    } else {
-      T singly[2];
-      memcpy(singly, word, sizeof(singly));
-      to[0] = singly[0];
-      to[1] = singly[1];
-    }
+    for (int i = 0; i < kWords; ++i) __stcs(reinterpret_cast<Word*>(to) + i, words[i]);
   }
 
   __device__ float2 pair(int i) const {
@@ -78,6 +70,29 @@ struct Elements {
       const auto both = rounded(pair, T{});
       memcpy(word + i, &both, sizeof(both));
     }
+  }
+
+  __device__ void get(float (&values)[kWidth]) const {
+    if constexpr (kWidth == 1) {
+      T value;
+      memcpy(&value, word, sizeof(value));
+      values[0] = static_cast<float>(value);
+    }
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const float2 both = pair(i);
+      values[2 * i] = both.x;
+      values[2 * i + 1] = both.y;
+    }
+  }
+
+  __device__ void set(const float (&values)[kWidth]) {
+    if constexpr (kWidth == 1) {
+      const T value(values[0]);
+      memcpy(word, &value, sizeof(value));
+    }
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) set_pair(i, {values[2 * i], values[2 * i + 1]});
   }
 
   // Changes nothing, which the compiler cannot know, so that it unpacks anew what it would else keep as floats from

@@ -39,12 +39,6 @@ PYBIND11_MODULE(_C, module) {
       .def(py::init<sf::Address, int, std::int64_t, std::int64_t>(), "data"_a, "dtype"_a, "rows"_a, "stride"_a);
   module.def("norm_scale_shift", &sf::norm_scale_shift, "out = norm(x) * (1 + scale) + shift", "out"_a, "x"_a,
              "scale"_a, "shift"_a, "weight"_a, "bias"_a, "dim"_a, "eps"_a, "stream"_a);
-  module.def("scale_residual", &sf::scale_residual, "residual_out = residual + gate * x", "residual_out"_a,
-             "residual"_a, "x"_a, "gate"_a, "dim"_a, "stream"_a);
-  module.def("scale_residual_norm_scale_shift", &sf::scale_residual_norm_scale_shift,
-             "residual_out = residual + gate * x; out = norm(residual_out) * (1 + scale) + shift", "residual_out"_a,
-             "out"_a, "residual"_a, "x"_a, "gate"_a, "scale"_a, "shift"_a, "weight"_a, "bias"_a, "dim"_a, "eps"_a,
-             "stream"_a);
 
   module.def("qk_norm", &sf::qk_norm, "out = x / sqrt(mean(x^2) + eps) * weight", "out"_a, "x"_a, "weight"_a, "shape"_a,
              "strides"_a, "eps"_a, "dtype"_a, "weight_dtype"_a, "stream"_a);

@@ -11,6 +11,7 @@
 // Everything runs on `stream` of the current device, and nothing waits for it.
 
 #include "common.cuh"
+#include "elements.cuh"
 #include "residual_reuse.h"
 
 namespace skyreels_fast {
@@ -28,33 +29,37 @@ struct Subtract {
 // used; the elements past the last whole pack come as packs of one.
 template <int kWidth, typename T, typename Use>
 __device__ void for_each_pair(const T* a, const T* b, std::int64_t count, Use use) {
-  using P = Pack<T, kWidth>;
+  using Pack = Elements<T, kWidth>;
+  using Single = Elements<T, 1>;
   const std::int64_t thread = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
   const std::int64_t stride = std::int64_t{gridDim.x} * kThreads * kWidth;
   const std::int64_t end = count / kWidth * kWidth;
   std::int64_t at = thread * kWidth;
   for (; at + (kInFlight - 1) * stride < end; at += kInFlight * stride) {
-    P left[kInFlight], right[kInFlight];
+    Pack left[kInFlight], right[kInFlight];
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
-      left[j] = P::load(a + at + j * stride);
-      right[j] = P::load(b + at + j * stride);
+      left[j] = Pack::template load<true>(a + at + j * stride);
+      right[j] = Pack::template load<true>(b + at + j * stride);
     }
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) use(at + j * stride, left[j], right[j]);
   }
-  for (; at < end; at += stride) use(at, P::load(a + at), P::load(b + at));
+  for (; at < end; at += stride) use(at, Pack::template load<true>(a + at), Pack::template load<true>(b + at));
   at = end + thread;
-  if (at < count) use(at, Pack<T, 1>::load(a + at), Pack<T, 1>::load(b + at));
+  if (at < count) use(at, Single::template load<true>(a + at), Single::template load<true>(b + at));
 }
 
 template <typename Op, int kWidth, typename T>
 __global__ void __launch_bounds__(kThreads) elementwise_kernel(T* out, const T* a, const T* b, std::int64_t count) {
   for_each_pair<kWidth>(a, b, count, [=](std::int64_t at, auto left, auto right) {
+    constexpr int kCount = decltype(left)::kCount;
+    float first[kCount], second[kCount];
+    left.get(first);
+    right.get(second);
 #pragma unroll
-    for (int k = 0; k < static_cast<int>(sizeof(left) / sizeof(T)); ++k) {
-      left.lane[k] = T(Op::apply(static_cast<float>(left.lane[k]), static_cast<float>(right.lane[k])));
-    }
+    for (int k = 0; k < kCount; ++k) first[k] = Op::apply(first[k], second[k]);
+    left.set(first);
     left.store(out + at);
   });
 }
@@ -85,11 +90,14 @@ __global__ void __launch_bounds__(kThreads)
     partial_sums_kernel(float2* partials, const T* next, const T* old, std::int64_t count) {
   float2 sums{0.0f, 0.0f};
   for_each_pair<kWidth>(next, old, count, [&](std::int64_t, auto left, auto right) {
+    constexpr int kCount = decltype(left)::kCount;
+    float after[kCount], before[kCount];
+    left.get(after);
+    right.get(before);
 #pragma unroll
-    for (int k = 0; k < static_cast<int>(sizeof(left) / sizeof(T)); ++k) {
-      const float before = static_cast<float>(right.lane[k]);
-      sums.x += fabsf(static_cast<float>(left.lane[k]) - before);
-      sums.y += fabsf(before);
+    for (int k = 0; k < kCount; ++k) {
+      sums.x += fabsf(after[k] - before[k]);
+      sums.y += fabsf(before[k]);
     }
   });
   sums = block_sum(sums);

@@ -8,7 +8,6 @@ import sys
 import types
 from pathlib import Path
 
-import imageio_ffmpeg
 import pytest
 from PIL import Image
 
@@ -21,11 +20,11 @@ from types import SimpleNamespace
 import torch
 from skyreels_fast.request import resolve
 
-opened = []
+opened, budgets = [], []
 loaded = []
 DEFAULTS = {"height": 64, "width": 96, "num_frames": 17, "base_num_frames": 17, "inference_steps": 2}
 error_at_open = error_at_plan = error_at_chunk = None
-chunks, pause_s = 4, 0.0
+chunks, pause_s, short_of_memory = 4, 0.0, False
 
 class Progress:
     def stage(self, name): pass
@@ -40,8 +39,9 @@ class Pipeline:
     world = None
 
     @classmethod
-    def from_pretrained(cls, path, device="cuda", dtype=None, offload=False, mode=None, attention=None, degrees=None):
-        opened.append((path, device, dtype, offload, mode, attention))
+    def from_pretrained(cls, path, device="cuda", dtype=None, mode=None, vram=None, **options):
+        budgets.append(vram)
+        opened.append((path, device, dtype, options["offload"], mode, options))
         if error_at_open: raise error_at_open
         pipe = cls()
         pipe.mode = mode or "t2v"
@@ -51,6 +51,9 @@ class Pipeline:
         if error_at_plan: raise error_at_plan
         settings = resolve(request, mode=self.mode, defaults=DEFAULTS, resolution_hint="540P")
         return Plan(settings=settings, calls=(2, 2), frames=4 * chunks)
+
+    def memory_note(self, plan, full=False):
+        return "denoising needs about 34.5 GiB" if full or short_of_memory else None
 
     def __call__(self, plan, stream=False, progress=None):
         assert stream
@@ -97,6 +100,8 @@ def picture(tmp_path):
 
 
 def decoded(path) -> int:
+    import imageio_ffmpeg
+
     exe = imageio_ffmpeg.get_ffmpeg_exe()
     done = subprocess.run([exe, "-i", str(path), "-f", "null", "-"], capture_output=True, text=True)
     found = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("frame=")]

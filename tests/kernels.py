@@ -13,10 +13,9 @@ from torch import Tensor
 from skyreels_fast.ops import _dispatch
 
 
-def machine_kernels() -> list:
-    """(device, backend) of the kernels that can run; those on a GPU are marked so, and skipped where there is none."""
-    cases = [("cpu", name) for name in _dispatch.available("cpu")]
-    cases += [("cuda", name) for name in _dispatch.available("cuda")]
+def machine_kernels(offered: tuple[str, ...] = ("cuda", "triton")) -> list:
+    """(device, backend) of those kernels that can run; those on a GPU are marked, and skipped where there is none."""
+    cases = [(device, name) for device in ("cpu", "cuda") for name in _dispatch.available(device, offered)]
     return [
         pytest.param(device, name, id=f"{device}-{name}", marks=[pytest.mark.gpu] if device == "cuda" else [])
         for device, name in cases

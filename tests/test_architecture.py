@@ -40,6 +40,12 @@ def test_ops_import_alone():
     assert rooms <= {"ops", "_C"}
 
 
+def test_integrations_bring_the_ops_alone():
+    loaded = modules_after("import skyreels_fast.integrations.diffusers")
+    assert not loaded & {"transformers", "diffusers", "accelerate", "safetensors"}
+    assert {name.split(".")[1] for name in loaded if name.startswith("skyreels_fast.")} <= {"integrations", "ops", "_C"}
+
+
 def test_commands_are_as_in_the_reference():
     """The scripts at the root hand over to the package and hold nothing of their own."""
     for command, line in (

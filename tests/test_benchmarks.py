@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import rel_l2
 
-from benchmarks import cases, harness, ops
+from benchmarks import cases, harness, ops, vae_layers
 from benchmarks.correctness import RedError, require_within_twice
 from benchmarks.harness import Timing
 from skyreels_fast.ops import residual_reuse
@@ -167,3 +167,21 @@ def test_ops_says_what_is_wrong(options: list[str], capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit, match="2"):
         ops.main(options)
     assert options[1].split("x")[0] in capsys.readouterr().err
+
+
+def test_every_way_to_convolve_is_timed_once_it_is_right(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
+    monkeypatch.setattr(vae_layers, "LEVELS", ((2, 32),))
+    file = tmp_path / "rows.jsonl"
+    words = ["--size", "1x2", "--dtype", "float32", "--device", "cpu", "--out", str(file)]
+    assert vae_layers.main(words) == 0
+    rows = harness.read(file)
+    timed = {row["impl"] for row in rows if "refused" not in row}
+    assert {"op, conv2d", "op, conv3d", "3 conv2d, added up", "conv3d, 6 frames, alone", "op"} <= timed
+    assert len(capsys.readouterr().out.splitlines()) == len(rows) + 1
+    for row in rows:
+        assert row.keys() >= COMMON | {"shape", "bytes", "flops"}
+        assert "refused" in row or row["us_median"] > 0
+
+    monkeypatch.setattr(vae_layers, "causal_conv3d", lambda frames, *_args, **_options: torch.zeros_like(frames[0]))
+    refused = {row["impl"] for row in vae_layers.rows_of((1, 2), torch.float32, CPU) if "refused" in row}
+    assert refused == {"op, triton", "op, conv2d", "op, conv3d"}

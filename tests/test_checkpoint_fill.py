@@ -177,3 +177,46 @@ def test_published_vae_and_its_statistics(tmp_path: Path) -> None:
         assert rel_l2(vae.decode(golden["vae.z"][None])[0], golden["vae.decoded"]) < 1e-5
     (tmp_path / "vae_config.json").write_text(json.dumps({"latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}))
     assert checkpoint.vae_statistics() == ((0.0,) * 16, (1.0,) * 16)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel decides")
+def test_a_file_larger_than_the_memory_can_be_mapped(tmp_path: Path) -> None:
+    if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2":
+        pytest.skip("this machine promises no more memory than it has")
+    memory = int(re.search(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+    file, nbytes = published(tmp_path, weights=False) / "model.safetensors", 4 * memory
+    header = json.dumps({"w": {"dtype": "U8", "shape": [nbytes], "data_offsets": [0, nbytes]}}).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    with file.open("r+b") as opened:
+        opened.truncate(8 + len(header) + nbytes)  # a hole, which takes no room on the disk
+    weight = Checkpoint.open(tmp_path).transformer_weights()["w"]
+    assert weight.shape == (nbytes,) and weight[-5:].tolist() == [0] * 5
+
+
+def test_data_that_is_not_aligned_is_read(tmp_path: Path) -> None:
+    """As by tools that do not pad the header."""
+    value = torch.arange(5.0)
+    entry = {"dtype": "F32", "shape": [5], "data_offsets": [0, 20]}
+    header = json.dumps({"w": entry, "__metadata__": {"format": "pt"}}).encode()
+    header = next(header + b" " * pad for pad in range(4) if (len(header) + pad) % 4 == 3)
+    data = len(header).to_bytes(8, "little") + header + value.numpy().tobytes()
+    (published(tmp_path, weights=False) / "model.safetensors").write_bytes(data)
+    weights = Checkpoint.open(tmp_path).transformer_weights()
+    assert list(weights) == ["w"] and torch.equal(weights["w"], value)
+
+
+def test_types_that_no_model_has_are_refused(tmp_path: Path) -> None:
+    header = json.dumps({"w": {"dtype": "U16", "shape": [1], "data_offsets": [0, 2]}}).encode()
+    file = published(tmp_path, weights=False) / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")
+    with pytest.raises(CheckpointError, match="cannot be read.*w is of type U16"):
+        Checkpoint.open(tmp_path).transformer_weights()
+
+
+def test_mapped_weights_may_be_written_to_and_the_file_stays(tmp_path: Path) -> None:
+    directory = published(tmp_path)
+    before = (directory / "model.safetensors").read_bytes()
+    weights = Checkpoint.open(directory).transformer_weights()
+    for tensor in weights.values():
+        tensor.zero_()
+    assert (directory / "model.safetensors").read_bytes() == before

@@ -45,6 +45,7 @@ def test_a_run_leaves_a_video_and_its_settings(fake, capfd, program):
     assert opened[0] == "tiny"
     assert opened[1] == "cpu"
     assert str(opened[2]) == "torch.float32"
+    assert record["vae_dtype"] == "float32"
     assert opened[4] == ("df" if program == "generate_video_df.py" else "t2v")
     assert sorted(path.parent.iterdir()) == sorted([path, path.with_suffix(".json")])
 
@@ -136,9 +137,36 @@ def test_full_gpu_memory_is_one_line_of_advice(fake, capfd):
     assert cli.generate_video_df([*CPU, "--output", "out.mp4"]) == 1
     said = capfd.readouterr().err
     assert "Traceback" not in said
-    assert "GPU memory is full (it tried to allocate 2.00 GiB): try --offload, a smaller size" in said
-    assert "--base_num_frames" in said
+    assert "error: GPU memory is full while decoding (it tried to allocate 2.00 GiB): denoising needs about" in said
     assert decoded("out.mp4") == 8
+
+
+def test_full_host_memory_is_one_line_of_advice(fake, capfd):
+    from skyreels_fast.host_memory import HostMemoryError
+
+    fake.error_at_chunk = (0, HostMemoryError("16 MiB of host memory cannot be pinned"))
+    assert cli.generate_video([*CPU, "--output", "out.mp4"]) == 1
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    assert "error: host memory is full while decoding: 16 MiB of host memory cannot be pinned: close other" in said
+
+
+def test_too_little_gpu_memory_is_said_before_loading_and_does_not_stop_it(fake, capfd):
+    assert cli.generate_video([*CPU, "--output", "out.mp4"]) == 0
+    assert "warning" not in capfd.readouterr().err
+    fake.short_of_memory = True
+    assert cli.generate_video([*CPU, "--output", "out.mp4"]) == 0
+    said = capfd.readouterr().err.splitlines()
+    assert said[0] == "generate_video.py: warning: denoising needs about 34.5 GiB"
+
+
+def test_a_budget_of_gpu_memory(fake, capfd):
+    assert cli.generate_video([*CPU, "--vram", "7.5", "--output", "out.mp4"]) == 0
+    assert fake.budgets == [7.5]
+    record = sidecar(Path("out.mp4"))
+    assert record["vram"] == 7.5 and "--vram 7.5" in record["command"]
+    assert cli.generate_video([*CPU, "--vram", "much", "--output", "out.mp4"]) == 2
+    assert "--vram: 'much' is not a number of GiB" in capfd.readouterr().err
 
 
 def test_a_broken_checkpoint_is_one_line(fake, capfd):

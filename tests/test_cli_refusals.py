@@ -46,6 +46,7 @@ BAD_FLAGS = [
             ("--device", "gpu"),
             ("--device", "cuda:99"),
             ("--dtype", "int8"),
+            ("--vae_dtype", "int8"),
             ("--teacache_coefficients", "1,x"),
             ("--teacache_coefficients", "1,nan"),
             ("--teacache_coefficients", ""),

@@ -13,13 +13,17 @@ import pytest
 import torch
 from conftest import GOLDEN, golden_directory, load_golden, rel_l2
 from safetensors.torch import load_file, save_file
+from streams import LAYERS, LateCopies, deep_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import skyreels_fast as sf
 from skyreels_fast import media
+from skyreels_fast.checkpoint import Checkpoint
 from skyreels_fast.conditions import History, load_pictures
 from skyreels_fast.config import TEACACHE_COEFFICIENTS, TransformerConfig
+from skyreels_fast.dit.model import DiT
 from skyreels_fast.parallel import Degrees, choose_layout
+from skyreels_fast.placement import Placement
 
 FIRST, LAST = GOLDEN / "first.png", GOLDEN / "last.png"
 Pipelines = dict[str, sf.Pipeline]
@@ -208,6 +212,19 @@ def test_13_a_long_video_is_never_held_whole(pipelines: Pipelines) -> None:
         assert history.frames <= 5
     kept = torch.cat(list(history.chunks()), dim=2)
     assert kept[0, 0, :, 0, 0].tolist() == [25, 26, 27, 28, 29]
+
+
+def test_13_offloading_keeps_two_blocks_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SKYREELS_FAST_PINNED_GIB", "1")
+    checkpoint, copies = Checkpoint.open(deep_model(tmp_path, "df")), LateCopies()
+    with torch.device("meta"):
+        dit = DiT(checkpoint.config)
+    placement = Placement("cpu", offload=True, copies=copies)
+    checkpoint.load_transformer(dit, placement.home, torch.float32)
+    with placement.use(dit):
+        assert len(list(placement.blocks(dit))) == LAYERS
+    slots = {target for target, *_ in copies.named("queue")}
+    assert len(slots) == 2
 
 
 def test_14_the_references_heavy_dependencies_are_not_needed() -> None:

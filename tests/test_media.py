@@ -64,6 +64,19 @@ def test_uint8_and_back_is_exact():
     assert torch.equal(media.to_uint8(video[0]), frames)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("floats", [True, False])
+def test_chunks_come_to_the_host_in_order(device, floats):
+    generator = torch.Generator().manual_seed(0)
+    chunks = [torch.rand(1, 3, n, 64, 96, generator=generator) * 2.2 - 1.1 for n in (1, 4, 4, 2)]
+    arrived = list(media.to_host((chunk.to(device) for chunk in chunks), floats=floats))
+    assert len(arrived) == len(chunks)
+    for chunk, (kept, frames) in zip(chunks, arrived, strict=True):
+        assert frames.device.type == "cpu" and torch.equal(frames, media.to_uint8(chunk[0]))
+        assert torch.equal(kept, chunk) if floats else kept is None
+    assert list(media.to_host([], floats=floats)) == []
+
+
 def test_an_image_of_the_right_size_is_untouched():
     pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
     out = media.fit_image(Image.fromarray(pixels), 64, 96)

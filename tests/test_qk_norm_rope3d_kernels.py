@@ -9,7 +9,7 @@ import torch
 from kernels import assert_within_twice, machine_kernels, run_in_interpreter
 from torch import Tensor
 
-from skyreels_fast.ops import _dispatch, qk_norm, qk_norm_rope3d
+from skyreels_fast.ops import _dispatch, qk_norm, qk_norm_rope3d, qk_norm_rope3d_
 from skyreels_fast.ops.qk_norm_rope3d import qk_norm_ref, qk_norm_rope3d_ref
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -144,6 +144,19 @@ def layouts(x: Tensor) -> dict[str, Tensor]:
     return views
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "heads first", "every other channel"])
+@pytest.mark.parametrize(("device", "backend"), [pytest.param("cpu", "ref", id="cpu-ref"), *machine_kernels()])
+def test_in_place_is_the_same(layout, device, backend):
+    size = Size((2, 2, 3), 3, 32, batch=2)
+    q, k, *weights = draw(size, torch.bfloat16, device)
+    expected = qk_norm_rope3d(q, k, *weights, **size.places, backend=backend)
+    if layout != "contiguous":
+        q, k = layouts(q)[layout], layouts(k)[layout]
+    outs = qk_norm_rope3d_(q, k, *weights, **size.places, backend=backend)
+    assert outs[0] is q and outs[1] is k
+    assert all(torch.equal(x, y) for x, y in zip(outs, expected, strict=True))
+
+
 @on_each_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_strides_and_alignment_are_free(dtype, device, backend):
@@ -221,6 +234,7 @@ def test_registered_operators(dtype, device, backend):
     torch.library.opcheck(operators.qk_norm.default, (q, weights[0], 1e-6, backend))
     args = (q, k, *weights, size.grid, (0, 2), size.frame_offset, 1e4, 1e-6, backend)
     torch.library.opcheck(operators.qk_norm_rope3d.default, args)
+    torch.library.opcheck(operators.qk_norm_rope3d_.default, args)
 
 
 @on_each_kernel

@@ -111,9 +111,11 @@ def pick_layout(vae: VAE, generator: torch.Generator, args: argparse.Namespace) 
 
 def lay_out(vae: VAE, layout: str) -> None:
     """Put the weights in a memory layout, "contiguous" or "channels_last", which the convolutions then follow."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d} if layout == "channels_last" else {}
+    if layout == "channels_last":
+        vae.lay_out()
+        return
     for param in vae.parameters():
-        param.data = param.data.contiguous(memory_format=formats.get(param.ndim, torch.contiguous_format))
+        param.data = param.data.contiguous()
 
 
 def _step_seconds(vae: VAE, layout: str, generator: torch.Generator, args: argparse.Namespace) -> float:

@@ -136,8 +136,10 @@ FLAGS = {
         Flag("model_id", "MODEL", 'directory, Hugging Face id, or "tiny", the bundled model (default: %(default)s)'),
         Flag("device", "NAME", "cuda, cuda:N or cpu (default: cuda where there is one)"),
         Flag("dtype", "TYPE", "bfloat16, float16 or float32 (default: bfloat16 on cuda, float32 on cpu)"),
+        Flag("vae_dtype", "TYPE", "the same for the VAE alone (default: bfloat16 on cuda, float32 on cpu)"),
         Flag("attention", "NAME", "fa3, fa4, fa2, cudnn, flash or sdpa (default: the fastest there is)"),
-        Flag("offload", None, "stream the weights from host memory: less GPU memory, the same result"),
+        Flag("offload", None, "stream all blocks from host memory: least GPU memory, the same result"),
+        Flag("vram", "GIB", "GPU memory to denoise in: blocks that fit stay there, the others are streamed"),
     ),
     "several GPUs": (
         Flag("use_usp", None, "one video from all GPUs that torchrun has started a process for; needs --seed"),
@@ -163,7 +165,7 @@ def parser(program: str, mode: str) -> Parser:
         epilog=(_DF_EXAMPLES if df else _T2V_EXAMPLES).replace(f"    {PROGRAMS[mode][0]}", f"    {program}"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    kinds = {"N": _whole, "PIXELS": _whole, "X": _real, "RATE": _real, "A,B,...": _reals, "TYPE": _dtype}
+    kinds = {"N": _whole, "PIXELS": _whole, "X": _real, "RATE": _real, "A,B,...": _reals, "TYPE": _dtype, "GIB": _gib}
     for title, flags in FLAGS.items():
         group = made.add_argument_group(title)
         for flag in flags:
@@ -255,3 +257,10 @@ def _dtype(text: str) -> str:
     if text not in DTYPES:
         raise argparse.ArgumentTypeError(f"{text!r} must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
     return text
+
+
+def _gib(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of GiB") from None

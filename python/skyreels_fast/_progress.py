@@ -52,6 +52,11 @@ class ConsoleProgress(Progress):
         self._earlier = self._denoised = self._beside = 0.0
         self._start = self._begun = self._last_line = clock()
 
+    @property
+    def current(self) -> str:
+        """What is being done, in words."""
+        return STAGES.get(self._stage, self._stage or "starting")
+
     def stage(self, name: str) -> None:
         if name == self._stage:
             return

@@ -75,7 +75,9 @@ def describe_run(program: str, args: argparse.Namespace, settings: Settings) -> 
         "model_id": args.model_id,
         "device": torch.cuda.get_device_name(args.device) if on_gpu else platform.processor() or platform.machine(),
         "dtype": args.dtype,
+        "vae_dtype": args.vae_dtype,
         "offload": args.offload,
+        "vram": args.vram,
         "attention": choose_attention(args.attention, args.device, getattr(torch, args.dtype)),
         "versions": {
             "python": platform.python_version(),

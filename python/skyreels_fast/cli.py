@@ -106,6 +106,7 @@ def _prepare(program: str, mode: str, argv: list[str]) -> _Job | int:
         if args.use_usp:
             args.device = own_device(args.device)
         args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+        args.vae_dtype = args.vae_dtype or ("float32" if args.device == "cpu" else "bfloat16")
         return _open(program, mode, args, request)
     except (ValueError, OSError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # the others of this host say the same
@@ -125,7 +126,9 @@ def _open(program: str, mode: str, args: argparse.Namespace, request: Request) -
         dtype=getattr(torch, args.dtype),
         offload=args.offload,
         mode=mode,
+        vram=args.vram,
         attention=args.attention,
+        vae_dtype=getattr(torch, args.vae_dtype),
         degrees=_degrees(args) if args.use_usp else None,
     )
     plan = pipe.plan(request)
@@ -140,6 +143,8 @@ def _open(program: str, mode: str, args: argparse.Namespace, request: Request) -
     print(plan.describe(), flush=True)
     if pipe.world is not None:
         print(f"{pipe.world.size} processes: {pipe.layout(plan)}", flush=True)
+    if shortage := pipe.memory_note(plan):
+        _say(program, f"warning: {shortage}")
 
     name = output_path(args.outdir, settings.prompt, settings.seed, datetime.datetime.now())
     record = describe_run(program, args, settings)
@@ -169,7 +174,7 @@ def _follow(job: _Job) -> int:
     except KeyboardInterrupt as error:
         return _code_of(error)
     except Exception as error:
-        return _explain(job, error)
+        return _explain(job, "rendering", error)
     return 0
 
 
@@ -191,7 +196,7 @@ def _render(job: _Job) -> int:
             writer.write(chunk)
     except (Exception, KeyboardInterrupt) as error:
         progress.close()
-        code = _explain(job, error)
+        code = _explain(job, progress.current, error)
     progress.close()
     timings = dict(result.timings if result else {}) | {"total": time.monotonic() - start}
     _handle_signals(signal.SIG_IGN)
@@ -228,15 +233,16 @@ def _finish(job: _Job, writer: VideoWriter | None, code: int, timings: dict[str,
     return code
 
 
-def _explain(job: _Job, error: BaseException) -> int:
+def _explain(job: _Job, stage: str, error: BaseException) -> int:
     """Say why rendering ended, in one line where the cause is known; the exit code."""
     import torch
 
     from .checkpoint import CheckpointError
+    from .host_memory import HostMemoryError
     from .media import VideoError
     from .parallel import LeaderError, is_lost_peer
 
-    program, mode = job.program, job.plan.settings.mode
+    program = job.program
     if isinstance(error, LeaderError):
         return 1  # who failed says why
     if job.pipe.world is not None and is_lost_peer(error):
@@ -246,9 +252,13 @@ def _explain(job: _Job, error: BaseException) -> int:
         return _interrupted(program, error)
     if isinstance(error, torch.cuda.OutOfMemoryError):
         wanted = re.search(r"to allocate [\d.]+ \w+", str(error))
-        frames = "--base_num_frames" if mode == "df" else "--num_frames"
-        _say(program, f"error: GPU memory is full{f' (it tried {wanted[0]})' if wanted else ''}: try --offload, a "
-             f"smaller size or fewer {frames}")  # fmt: skip
+        tried = f" (it tried {wanted[0]})" if wanted else ""
+        advice = job.pipe.memory_note(job.plan, full=True)
+        _say(program, f"error: GPU memory is full while {stage}{tried}: {advice}")
+        return 1
+    if isinstance(error, HostMemoryError):
+        _say(program, f"error: host memory is full while {stage}: {_one_line(error)}: close other programs, or set "
+             "SKYREELS_FAST_PINNED_GIB to pin less of it")  # fmt: skip
         return 1
     if isinstance(error, (VideoError, CheckpointError)):
         _say(program, f"error: {_one_line(error)}")

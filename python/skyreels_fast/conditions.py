@@ -55,12 +55,12 @@ class Conditions:
         """CLIP tokens [1, 257, 1280] of an I2V request's image."""
         if settings.mode != "i2v" or settings.clip_features is not None:
             return settings.clip_features
-        encoder = ImageEncoder.load(self.checkpoint, self.dtype)
+        encoder = ImageEncoder.load(self.checkpoint, self.dtype, self.placement.encoder_home)
         with self.placement.use(encoder, stay=False):
             return encoder.encode(pictures["image"][:, :, 0])
 
     def _encode(self, prompts: list[str]) -> list[Tensor]:
-        encoder = TextEncoder.load(self.checkpoint, self.dtype)
+        encoder = TextEncoder.load(self.checkpoint, self.dtype, self.placement.encoder_home)
         with self.placement.use(encoder, stay=False):
             return encoder.encode(prompts)
 
@@ -69,17 +69,17 @@ class History:
     """The last pixel frames put out, which the next window begins with; on the host, so that the device is free."""
 
     def __init__(self, limit: int) -> None:
-        self._limit, self._chunks = limit, deque[Tensor]()
+        self.limit, self._chunks = limit, deque[Tensor]()
         self.frames = 0
 
     def add(self, chunk: Tensor) -> None:
         """Append frames [1, 3, t, H, W] in [−1, 1] and forget those beyond the limit."""
-        if not self._limit:
+        if not self.limit:
             return
         self._chunks.append(chunk.cpu())
         self.frames += chunk.shape[2]
-        while self.frames > self._limit:
-            surplus, oldest = self.frames - self._limit, self._chunks.popleft()
+        while self.frames > self.limit:
+            surplus, oldest = self.frames - self.limit, self._chunks.popleft()
             if oldest.shape[2] > surplus:
                 self._chunks.appendleft(oldest[:, :, surplus:].clone())
             self.frames -= min(surplus, oldest.shape[2])

@@ -7,7 +7,7 @@ import itertools
 import os
 import tempfile
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -32,6 +32,7 @@ __all__ = [
     "load_image",
     "output_path",
     "playable_frames",
+    "to_host",
     "to_uint8",
 ]
 
@@ -69,8 +70,39 @@ def from_uint8(frames: Tensor) -> Tensor:
 
 
 def to_uint8(video: Tensor) -> Tensor:
-    """Float [3, T, H, W] in [-1, 1] as uint8 [T, H, W, 3] on the host, rounded to the nearest and clamped."""
-    return ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu()
+    """Float [3, T, H, W] in [-1, 1] as uint8 [T, H, W, 3] on the same device, rounded to the nearest and clamped."""
+    return ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+
+
+def to_host(chunks: Iterable[Tensor], *, floats: bool) -> Iterator[tuple[Tensor | None, Tensor]]:
+    """Chunks [1, 3, t, H, W] in [-1, 1] as they arrive on the host: (the chunk itself if `floats`, its uint8 frames).
+
+    A GPU's chunk is given out when the work for the next one is queued: it is copied, and what the caller does with it
+    is done, while the GPU makes that one.
+    """
+    behind: tuple[Tensor | None, Tensor, torch.cuda.Event] | None = None
+    for chunk in chunks:
+        frames, kept = to_uint8(chunk[0]), chunk if floats else None
+        if not chunk.is_cuda:
+            yield kept, frames
+            continue
+        with torch.cuda.device_of(chunk):
+            sent = None if kept is None else _pinned_copy(kept), _pinned_copy(frames), torch.cuda.Event()
+            sent[2].record()
+        if behind is not None:
+            yield _arrived(*behind)
+        behind = sent
+    if behind is not None:
+        yield _arrived(*behind)
+
+
+def _pinned_copy(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def _arrived(kept: Tensor | None, frames: Tensor, copied: torch.cuda.Event) -> tuple[Tensor | None, Tensor]:
+    copied.synchronize()
+    return kept, frames
 
 
 class VideoSource:

@@ -15,6 +15,7 @@ from .checkpoint import Checkpoint
 from .conditions import Conditions, History, image_channels, load_pictures
 from .config import LATENT_CHANNELS, MODES, PIXEL_MULTIPLE, VAE_STRIDE
 from .dit.model import Context, DiT
+from .footprint import GIB, Footprint, check_vram
 from .parallel import Degrees, Layout, World, choose_layout, require
 from .parallel import Team as Sharing
 from .placement import Placement
@@ -58,13 +59,18 @@ class Pipeline:
         *,
         offload: bool,
         mode: str | None,
+        vram: float | None = None,
         attention: str | None = None,
+        vae_dtype: torch.dtype | None = None,
         degrees: Degrees | None = None,
     ) -> None:
+        check_vram(vram, device, offload)
         self.checkpoint, self.device, self.dtype, self.mode = checkpoint, device, dtype, mode
+        self.offload, self.vram = offload, vram
         self.attention = ops.choose_attention(attention, device, dtype)
         self._backend, self._attend = attention, partial(ops.attention, backend=attention)
-        self.placement = Placement(device, offload=offload)
+        self.vae_dtype = vae_dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        self.placement = Placement(device, offload=offload, vram_bytes=None if vram is None else int(vram * GIB))
         self.conditions = Conditions(checkpoint, self.placement, dtype)
         self.degrees = degrees
         self.world = None if degrees is None else World.join(device)
@@ -79,25 +85,32 @@ class Pipeline:
         dtype: torch.dtype = torch.bfloat16,
         offload: bool = False,
         mode: str | None = None,
+        vram: float | None = None,
         attention: str | None = None,
+        vae_dtype: torch.dtype | None = None,
         degrees: Degrees | None = None,
     ) -> Pipeline:
         """Open a model directory, hub id, or "tiny" (the bundled model); weights are read when first needed.
 
         Args:
+            offload: weights stay in host memory, and each block of the transformer comes to the GPU as it is needed.
+            vram: GiB of GPU memory to keep to while denoising: as many blocks stay there as fit, the others come as
+                with `offload`.
             mode: "df" (diffusion forcing) or "t2v", which an image-to-video model runs as "i2v"; None takes what the
                 model was made for. Where nothing in the directory tells, requests do: "df" where they ask for it.
             attention: the backend of `ops.attention`; None: the fastest that the device has.
+            vae_dtype: what the VAE computes in; None takes bfloat16 on a GPU, float32 on the CPU.
             degrees: several processes render together (`parallel`): every one makes the same pipeline, on a device of
                 its own, and the same calls; the frames come out in rank 0. None: this one renders alone.
 
         Raises:
             ValueError: the directory is unknown or incomplete, a tensor is missing, unknown or misshapen,
-                or the model cannot run in `mode`; or there is no such device.
+                or the model cannot run in `mode`; or there is no such device; or `vram` is no budget for it.
         """
         device = torch.device(device)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f'device="{device}": PyTorch finds no CUDA device here; give device="cpu"')
+        check_vram(vram, device, offload)
         ops.choose_attention(attention, device, dtype)
         if degrees is not None:
             require(device)
@@ -106,8 +119,9 @@ class Pipeline:
         with torch.device("meta"):
             checkpoint.check_transformer(DiT(checkpoint.config))
             checkpoint.check_vae(_vae_of(checkpoint))
-        options = {"offload": offload, "mode": _mode(checkpoint, mode), "attention": attention, "degrees": degrees}
-        return cls(checkpoint, device, dtype, **options)
+        options = {"offload": offload, "vram": vram, "attention": attention, "vae_dtype": vae_dtype}
+        options |= {"degrees": degrees}
+        return cls(checkpoint, device, dtype, mode=_mode(checkpoint, mode), **options)
 
     def plan(self, request: Request) -> Plan:
         """Fill in the model's defaults and lay out the windows; nothing is loaded. Raises ValueError on bad input."""
@@ -123,7 +137,28 @@ class Pipeline:
         self.conditions.check(settings, plan.guided)
         self._teacache(settings)
         self.layout(plan)
+        if self.vram is not None:
+            self.footprint(plan).check(self.vram)
         return plan
+
+    def footprint(self, plan: Plan) -> Footprint:
+        """What denoising the plan needs of GPU memory, of each GPU if there are several."""
+        with torch.device("meta"):
+            dit = DiT(self.checkpoint.config)
+        layout = self.layout(plan)
+        branches, teacache = (1 + plan.guided) // layout.branches, plan.settings.teacache
+        return Footprint.of(dit, self.dtype, plan.tokens, branches, shards=layout.sequence, teacache=teacache)
+
+    def memory_note(self, plan: Plan, *, full: bool = False) -> str | None:
+        """One line where the GPU has less memory than the plan needs, or, with `full`, in any case; None otherwise."""
+        if self.device.type != "cuda":
+            return None
+        free, total = torch.cuda.mem_get_info(self.device)
+        needs, how = self.footprint(plan), {"offload": self.offload, "vram": self.vram}
+        if not full and needs.needed(**how) <= total:
+            return None
+        frames_flag = "--base_num_frames" if plan.settings.mode == "df" else "--num_frames"
+        return needs.advice(**how, total=total, free=free, frames_flag=frames_flag)
 
     def layout(self, plan: Plan) -> Layout:
         """Over which processes a plan is spread. Raises ValueError where it does not go as asked."""
@@ -166,6 +201,7 @@ class Pipeline:
         with clock("load"):
             dit, vae = self._load()
         contexts: list[Context] = []
+        needs = self.footprint(plan)
         noise, condition_noise = (torch.Generator(self.device).manual_seed(settings.seed + i) for i in (0, 1))
         history = History(settings.overlap_history or 0)
 
@@ -178,7 +214,7 @@ class Pipeline:
                 begin = partial(self._begin, vae, settings, window, pictures, history, noise)
                 initial, channels = team.first(begin)
             progress.window(index, len(plan.windows), plan.calls[index])
-            with clock("denoise"), self.placement.use(dit):
+            with clock("denoise"), self.placement.use(dit, beside=needs.beside):
                 contexts = contexts or [dit.encode_context(text.to(self.device), image) for text in texts]
                 latents = denoise(
                     dit,
@@ -198,7 +234,7 @@ class Pipeline:
                     blocks=self.placement.blocks(dit),
                     attend=team.attend,
                     attend_context=self._attend,
-                    past_bytes=_spare_bytes(self.device, team),
+                    past_bytes=self._spare_bytes(needs, team),
                     team=team,
                     on_step=lambda _row: progress.step(),
                 )[:, :, : window.latents]
@@ -206,9 +242,11 @@ class Pipeline:
             if not team.leads:
                 continue
             with self.placement.use(vae):
-                for chunk in clock.each("decode", _skip(window.drop, vae.decode_stream(latents))):
-                    history.add(chunk)  # the next window's beginning is encoded from what was put out
-                    yield media.to_uint8(chunk[0])
+                decoded = media.to_host(_skip(window.drop, vae.decode_stream(latents)), floats=history.limit > 0)
+                for chunk, frames in clock.each("decode", decoded):
+                    if chunk is not None:
+                        history.add(chunk)  # the next window's beginning is encoded from what was put out
+                    yield frames
 
     def _team(self, plan: Plan) -> Team:
         if self.world is None:
@@ -216,7 +254,7 @@ class Pipeline:
         return Sharing(self.world, self.layout(plan), _tokens_per_frame(plan), self._backend)
 
     def _load(self) -> tuple[DiT, VAE]:
-        """The DiT on its device and the VAE, in float32 as the reference has it; kept for the next request.
+        """The DiT and the VAE, each in its dtype; kept for the next request.
 
         Of several processes, the VAE's weights are in the leader alone.
         """
@@ -225,7 +263,9 @@ class Pipeline:
                 dit, vae = DiT(self.checkpoint.config), _vae_of(self.checkpoint)
             self.checkpoint.load_transformer(dit, self.placement.home, self.dtype)
             if self.world is None or self.world.leads:
-                self.checkpoint.load_vae(vae, self.placement.home, torch.float32)
+                self.checkpoint.load_vae(vae, self.placement.home, self.vae_dtype)
+                if self.device.type == "cuda":
+                    vae.lay_out()
             self._dit, self._vae = dit.eval(), vae.eval()
         return self._dit, self._vae
 
@@ -269,6 +309,16 @@ class Pipeline:
             latents[:, :, : window.prefix] = prefix
         return latents if end is None else torch.cat([latents, end], dim=2)
 
+    def _spare_bytes(self, needs: Footprint, team: Team) -> int | None:
+        """GPU memory that every process may fill for speed alone, a tenth of it left for all else; None: no limit."""
+        if self.device.type != "cuda":
+            return None
+        if self.vram is not None:
+            return team.least(max(0, int(self.vram * GIB) - needs.total))
+        free, total = torch.cuda.mem_get_info(self.device)
+        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return team.least(max(0, free + cached - total // 10))
+
     def _teacache(self, settings: Settings) -> TeaCacheSettings | None:
         if not settings.teacache:
             return None
@@ -293,15 +343,6 @@ def _mode(checkpoint: Checkpoint, asked: str | None) -> str | None:
     if mode == "i2v" and not takes_image:
         raise ValueError(f"{checkpoint.name} is no image-to-video model and cannot run as 'i2v'")
     return "i2v" if takes_image else mode
-
-
-def _spare_bytes(device: torch.device, team: Team) -> int | None:
-    """GPU memory that every process may fill for speed alone, a tenth of it left for all else; None: without limit."""
-    if device.type != "cuda":
-        return None
-    free, total = torch.cuda.mem_get_info(device)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return team.least(max(0, free + cached - total // 10))
 
 
 def _tokens_per_frame(plan: Plan) -> int:

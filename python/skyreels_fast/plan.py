@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from .config import PIXEL_MULTIPLE
 from .request import Settings
 from .sampling.timesteps import Schedule, hold, sigma_schedule, timestep_matrix, timestep_schedule
 from .sampling.windows import Window, latent_frames, plan_windows
@@ -55,6 +56,13 @@ class Plan:
     def calls(self) -> tuple[int, ...]:
         """Schedule rows of each window; each is one model call, two with guidance."""
         return tuple(len(self.schedules[window].timesteps) for window in self.windows)
+
+    @property
+    def tokens(self) -> int:
+        """Of the transformer's largest call: latent frames that move together, cut in patches of 16 x 16 pixels."""
+        intervals = (interval for schedule in self.schedules.values() for interval in schedule.interval)
+        frames = max(stop - start for start, stop in intervals)
+        return frames * (self.settings.height // PIXEL_MULTIPLE) * (self.settings.width // PIXEL_MULTIPLE)
 
     @property
     def guided(self) -> bool:

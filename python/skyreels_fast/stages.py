@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+
+Item = TypeVar("Item")
 
 
 class Progress:
@@ -30,21 +32,22 @@ class Clock:
         self._device, self._timings, self._progress = device, timings, progress
 
     @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
+    def __call__(self, stage: str, wait: bool = True) -> Iterator[None]:
+        """Time a stage. wait: for the device, at its end."""
         self._progress.stage(stage)
         start = time.perf_counter()
         try:
             yield
         finally:
-            if self._device.type == "cuda":
+            if wait and self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
             self._timings[stage] = self._timings.get(stage, 0.0) + time.perf_counter() - start
 
-    def each(self, stage: str, items: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Count the making of each item, not what is done with it."""
+    def each(self, stage: str, items: Iterable[Item]) -> Iterator[Item]:
+        """Count the making of each item, which is on the host, not what is done with it."""
         iterator, done = iter(items), object()
         while True:
-            with self(stage):
+            with self(stage, wait=False):
                 item = next(iterator, done)
             if item is done:
                 return

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .weights import CheckpointError
+from ..transfer import Rows, load
+from .weights import CheckpointError, one_line
 
 Parts = Mapping[str, tuple[str, ...]]
 _NAMED = 4  # names an error message lists before it counts
+
+
+class Home(Protocol):
+    """Something that takes weights in where no device is to have them whole."""
+
+    def hold(self, module: nn.Module, rows: Mapping[str, Rows], dtype: torch.dtype) -> None: ...
 
 
 def check(
@@ -59,7 +67,7 @@ def fill(
     sources: Mapping[str, Tensor],
     parts: Parts | None = None,
     *,
-    device: torch.device | str,
+    device: torch.device | str | Home,
     dtype: torch.dtype,
     what: str,
     shown: Callable[[str], str] = str,
@@ -67,25 +75,21 @@ def fill(
     """Give every parameter of `module` its data, on `device` in `dtype`; see `check` for the arguments and errors.
 
     Data is copied at most once. On the CPU a tensor of the same dtype becomes the parameter as it is, still mapped
-    to its file. Buffers must not be on the meta device; they move to `device` too.
+    to its file. Buffers must not be on the meta device; they move to `device` too. A Home decides for itself.
     """
     check(module, sources, parts, what=what, shown=shown)
-    device = torch.device(device)
-    for target, parameter in list(module.named_parameters()):
-        names = parts[target] if parts else (target,)
-        data = _joined([sources[name].detach() for name in names], parameter.shape, device, dtype)
-        owner, _, leaf = target.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, nn.Parameter(data, requires_grad=parameter.requires_grad))
-    module.to(device)
-
-
-def _joined(tensors: list[Tensor], shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
-    if len(tensors) == 1:
-        return tensors[0].to(device=device, dtype=dtype).contiguous()
-    whole = torch.empty(shape, device=device, dtype=dtype)
-    for rows, tensor in zip(whole.split([tensor.shape[0] for tensor in tensors]), tensors, strict=True):
-        rows.copy_(tensor)
-    return whole
+    rows = {
+        name: Rows(parameter.shape, sources, parts[name] if parts else (name,))
+        for name, parameter in module.named_parameters()
+    }
+    try:
+        if isinstance(device, (torch.device, str)):
+            load(module, rows, device, dtype)
+            module.to(device)
+        else:
+            device.hold(module, rows, dtype)
+    except OSError as error:
+        raise CheckpointError(f"{what}: cannot be read ({one_line(error)})") from error
 
 
 def _fits(parameter: Tensor, tensors: list[Tensor]) -> bool:

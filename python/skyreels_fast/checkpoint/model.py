@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LATENT_CHANNELS, LATENTS_MEAN, LATENTS_STD, MODES, TransformerConfig
-from .fill import check, fill
+from .fill import Home, check, fill
 from .locate import locate
 from .renames import publish, transformer_name, transformer_settings, vae_name
 from .weights import CheckpointError, one_line, read_json, read_weights, weight_files
@@ -118,7 +118,7 @@ class Checkpoint:
         """
         check(model, self.transformer_weights(), model.key_parts(), what=self._label("transformer"))
 
-    def load_transformer(self, model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
+    def load_transformer(self, model: nn.Module, device: torch.device | str | Home, dtype: torch.dtype) -> None:
         """Give `model`, a DiT on the meta device, its weights, all in `dtype`. Raises as `check_transformer`."""
         sources, parts = self.transformer_weights(), model.key_parts()
         fill(model, sources, parts, device=device, dtype=dtype, what=self._label("transformer"))
@@ -146,7 +146,7 @@ class Checkpoint:
         """As `check_transformer`, of the VAE."""
         check(vae, self.vae_weights(), what=self._label("VAE"))
 
-    def load_vae(self, vae: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
+    def load_vae(self, vae: nn.Module, device: torch.device | str | Home, dtype: torch.dtype) -> None:
         """Give `vae`, on the meta device, its weights. Raises CheckpointError where they do not fit it exactly."""
         fill(vae, self.vae_weights(), device=device, dtype=dtype, what=self._label("VAE"))
 
@@ -184,15 +184,15 @@ class Checkpoint:
             raise CheckpointError(f"{what}: {one_line(error)}") from error
         check(encoder, sources, what=what, shown=encoder.name_in_checkpoint)
 
-    def load_text_encoder(self, encoder: Encoder, device: torch.device | str, dtype: torch.dtype) -> None:
+    def load_text_encoder(self, encoder: Encoder, device: torch.device | str | Home, dtype: torch.dtype) -> None:
         """Give `encoder`, made from `text_weights`, its weights. Raises CheckpointError where they do not fit."""
         self._load_encoder(encoder, "text_encoder", device, dtype)
 
-    def load_image_encoder(self, encoder: Encoder, device: torch.device | str, dtype: torch.dtype) -> None:
+    def load_image_encoder(self, encoder: Encoder, device: torch.device | str | Home, dtype: torch.dtype) -> None:
         """Give `encoder`, made from `image_weights`, its weights. Raises CheckpointError where they do not fit."""
         self._load_encoder(encoder, "image_encoder", device, dtype)
 
-    def _load_encoder(self, encoder: Encoder, part: str, device: torch.device | str, dtype: torch.dtype) -> None:
+    def _load_encoder(self, encoder: Encoder, part: str, device: torch.device | str | Home, dtype: torch.dtype) -> None:
         sources, what = encoder.renamed(self._part(part)[0]), self._label(part.replace("_", " "))
         fill(encoder, sources, device=device, dtype=dtype, what=what, shown=encoder.name_in_checkpoint)
 

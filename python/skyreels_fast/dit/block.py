@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from skyreels_fast.config import TransformerConfig
 from skyreels_fast.dit.past import Past
 from skyreels_fast.dit.stream import Stream
-from skyreels_fast.ops import attention, linear_gelu, qk_norm, qk_norm_rope3d
+from skyreels_fast.ops import attention, linear_gelu, qk_norm, qk_norm_rope3d, qk_norm_rope3d_
 
 # Called as ops.attention: attend(q, k, v, block_tokens=...), and for the context attend(q, k, v).
 Attend = Callable[..., Tensor]
@@ -37,6 +38,10 @@ class Places(NamedTuple):
         return 0 if self.past is None else self.past.frames
 
 
+# At a time: a product of so many rows is no slower than one of 51,000, and its outputs take a third of the memory.
+_FEED_FORWARD_TOKENS = 17_000
+
+
 class HeadsNorm(nn.Module):
     """The weight [dim] of an RMSNorm over all heads together; the ops compute it."""
 
@@ -57,8 +62,11 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, places: Places, index: int, attend: Attend) -> Tensor:
         """x [B, L, D] of block `index` to [B, L, D]."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        q, k = qk_norm_rope3d(
+        # Three products: attention is faster on values of their own, and q and k can be rotated where they lie.
+        parts = zip(self.qkv.weight.chunk(3), self.qkv.bias.chunk(3), strict=True)
+        q, k, v = (functional.linear(x, *part).unflatten(-1, (self.heads, -1)) for part in parts)
+        rotate = qk_norm_rope3d if torch.is_grad_enabled() else qk_norm_rope3d_
+        q, k = rotate(
             q, k, self.norm_q.weight, self.norm_k.weight, places.grid,
             eps=self.eps, token_range=places.token_range, frame_offset=places.frame_offset,
         )  # fmt: skip
@@ -109,7 +117,14 @@ class FeedForward(nn.Sequential):
         super().__init__(hidden, nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self[2](linear_gelu(x, self[0].weight, self[0].bias))
+        if torch.is_grad_enabled() or not x.is_cuda:
+            return self[2](linear_gelu(x, self[0].weight, self[0].bias))
+        out = torch.empty_like(x)
+        parts = -(-x[..., 0].numel() // _FEED_FORWARD_TOKENS)
+        for tokens, into in zip(*(tensor.flatten(0, -2).chunk(parts) for tensor in (x, out)), strict=True):
+            hidden = linear_gelu(tokens, self[0].weight, self[0].bias)
+            torch.addmm(self[2].bias, hidden, self[2].weight.t(), out=into)
+        return out
 
 
 class Block(nn.Module):

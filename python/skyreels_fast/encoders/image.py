@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,7 @@ class Checkpoint(Protocol):
 
     def image_weights(self) -> tuple[dict[str, Tensor], dict]: ...
 
-    def load_image_encoder(self, encoder: ImageEncoder, device: torch.device | str, dtype: torch.dtype) -> None: ...
+    def load_image_encoder(self, encoder: ImageEncoder, device: Any, dtype: torch.dtype) -> None: ...
 
     def check_encoder(self, part: str, make: Callable[[dict[str, Tensor], dict], ImageEncoder]) -> None: ...
 
@@ -81,9 +81,17 @@ class ImageEncoder(nn.Module):
         positions = self.model.embeddings.position_embedding.num_embeddings
         self.model.embeddings.position_ids = torch.arange(positions).unsqueeze(0)
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The layers, which run one after the other."""
+        return self.model.encoder.layers
+
     @classmethod
-    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu") -> ImageEncoder:
-        """The image encoder of a checkpoint, filled; on the CPU with the checkpoint's own dtype it stays mapped."""
+    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: Any = "cpu") -> ImageEncoder:
+        """The image encoder of a checkpoint, filled; on the CPU with the checkpoint's own dtype it stays mapped.
+
+        device: or a home for weights, as `checkpoint.fill` takes.
+        """
         encoder = cls(*checkpoint.image_weights())
         checkpoint.load_image_encoder(encoder, device, dtype)
         return encoder

@@ -10,12 +10,13 @@ import html
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import ftfy
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import UMT5Config, UMT5EncoderModel
 
 from ..config import TransformerConfig
@@ -30,7 +31,7 @@ class Checkpoint(Protocol):
 
     def tokenizer_path(self) -> Path: ...
 
-    def load_text_encoder(self, encoder: TextEncoder, device: torch.device | str, dtype: torch.dtype) -> None: ...
+    def load_text_encoder(self, encoder: TextEncoder, device: Any, dtype: torch.dtype) -> None: ...
 
     def check_encoder(self, part: str, make: Callable[[dict[str, Tensor], dict], TextEncoder]) -> None: ...
 
@@ -88,9 +89,20 @@ class TextEncoder(nn.Module):
             self.model = UMT5EncoderModel(config).encoder.eval()
         self.tokenizer = None if tokenizer is None else _tokenizer(Path(tokenizer), max_tokens)
 
+    # The table takes 2 GiB for a few rows: they are looked up on the host.
+    host_parameters = ("model.embed_tokens.weight",)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The layers, which run one after the other."""
+        return self.model.block
+
     @classmethod
-    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu") -> TextEncoder:
-        """The text encoder of a checkpoint, filled; on the CPU with the checkpoint's own dtype it stays mapped."""
+    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: Any = "cpu") -> TextEncoder:
+        """The text encoder of a checkpoint, filled; on the CPU with the checkpoint's own dtype it stays mapped.
+
+        device: or a home for weights, as `checkpoint.fill` takes.
+        """
         weights, settings = checkpoint.text_weights()
         max_tokens = checkpoint.config.text_len
         encoder = cls(weights, settings, tokenizer=checkpoint.tokenizer_path(), max_tokens=max_tokens)
@@ -147,15 +159,17 @@ class TextEncoder(nn.Module):
         """
         if self.tokenizer is None:
             raise ValueError("this TextEncoder was made without a tokenizer: encode_ids is all it can do")
-        device = self.model.embed_tokens.weight.device
         encodings = self.tokenizer.encode_batch([clean_prompt(prompt) for prompt in prompts])
-        ids = [torch.tensor([encoding.ids], dtype=torch.int64, device=device) for encoding in encodings]
+        ids = [torch.tensor([encoding.ids], dtype=torch.int64) for encoding in encodings]
         return [self.encode_ids(row, torch.ones_like(row))[0] for row in ids]
 
     @torch.inference_mode()
     def encode_ids(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Token ids [B, L] with mask [B, L] (1 on tokens, 0 past them) → [B, L, dim], zero past the mask."""
-        hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        table = self.model.embed_tokens.weight
+        rows = functional.embedding(ids.to(table.device), table).to(self.model.final_layer_norm.weight)
+        mask = mask.to(rows.device)
+        hidden = self.model(inputs_embeds=rows, attention_mask=mask).last_hidden_state
         return torch.where(mask.bool().unsqueeze(-1), hidden, 0)
 
 

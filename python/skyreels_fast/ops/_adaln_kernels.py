@@ -1,4 +1,4 @@
-"""The kernels of `adaln`: one for Triton, here, and those of csrc/adaln.cu; `adaln` checks what they are called with.
+"""The kernels of `adaln`: one for Triton, here, and that of csrc/adaln.cu; `adaln` checks what they are called with.
 
 Tokens [B, L, D] are a matrix with a row a token, and gate, scale and shift [B, F, D] one with a row a frame: token t of
 all B * L takes row t // (L // F) of all B * F. So one pass reads every input and writes every output once. A tensor
@@ -14,6 +14,13 @@ from skyreels_fast.ops._dispatch import current_stream, extension, jit, tl, trit
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_DIM = 8192
+
+
+@jit
+def _columns(SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """0 to SIZE, as Triton cannot see that more than WIDTH are neighbours: so many a thread loads at once."""
+    columns = tl.arange(0, SIZE)
+    return columns // WIDTH * WIDTH + columns % WIDTH
 
 
 @jit
@@ -49,7 +56,7 @@ def _modulate(out, normal, scale, shift, weight, bias, columns, inside):
 def _adaln_kernel(
     residual_out, out, x, residual, gate, scale, shift, weight, bias,
     x_stride, residual_stride, gate_stride, scale_stride, shift_stride, gate_span, scale_span, dim, eps,
-    HEAD: tl.constexpr, TAIL: tl.constexpr,
+    HEAD: tl.constexpr, TAIL: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One program a token; what is None is left out.
 
@@ -57,26 +64,28 @@ def _adaln_kernel(
     is two of them, the largest that fits and one for what is left: 5120 = 4096 + 1024, 1536 = 1024 + 512. Both stay in
     registers from the load to the store.
     """
-    token = tl.program_id(0).to(tl.int64)
+    number = tl.program_id(0)
+    token = number.to(tl.int64)
     x += token * x_stride
     if residual is not None:
         residual += token * residual_stride
     if gate is not None:
-        gate += token // gate_span * gate_stride
+        gate += (number // gate_span).to(tl.int64) * gate_stride
     if residual_out is not None:
         residual_out += token * dim
-    head = tl.arange(0, HEAD)
+    head = _columns(HEAD, WIDTH)
     in_head = head < dim
     head_values = _total(residual_out, x, residual, gate, head, in_head)
     if TAIL > 0:
-        tail = HEAD + tl.arange(0, TAIL)
+        tail = HEAD + _columns(TAIL, WIDTH)
         in_tail = tail < dim
         tail_values = _total(residual_out, x, residual, gate, tail, in_tail)
     if out is not None:
         out += token * dim
         if scale is not None:
-            scale += token // scale_span * scale_stride
-            shift += token // scale_span * shift_stride
+            frame = (number // scale_span).to(tl.int64)
+            scale += frame * scale_stride
+            shift += frame * shift_stride
         total = tl.sum(head_values, 0)
         if TAIL > 0:
             total += tl.sum(tail_values, 0)
@@ -99,8 +108,8 @@ def _matrix(tensor: Tensor) -> Tensor:
 
 
 def _launch_triton(
-    *,
     x: Tensor,
+    *,
     residual_out: Tensor | None = None,
     out: Tensor | None = None,
     residual: Tensor | None = None,
@@ -109,41 +118,45 @@ def _launch_triton(
     shift: Tensor | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    eps: float = 0.0,
+    eps: float,
 ) -> None:
     tokens, dim = x.shape
     head = 1 << dim.bit_length() - 1
     strides = [0 if tensor is None else tensor.stride(0) for tensor in (x, residual, gate, scale, shift)]
     spans = [1 if tensor is None else tokens // tensor.shape[0] for tensor in (gate, scale)]
+    warps, width = _tuning(head, norm=out is not None, total=residual is not None)
     _adaln_kernel[(tokens,)](
         residual_out, out, x, residual, gate, scale, shift, weight, bias, *strides, *spans, dim, eps,
-        HEAD=head, TAIL=triton.next_power_of_2(dim - head) if dim > head else 0, num_warps=_warps(dim),
+        HEAD=head, TAIL=triton.next_power_of_2(dim - head) if dim > head else 0, WIDTH=width, num_warps=warps,
     )  # fmt: skip
 
 
-def _warps(dim: int) -> int:
-    """Warps of a Triton program: few, so that a thread has many loads in flight, without running out of registers."""
-    return max(1, min(triton.next_power_of_2(dim) // 1024, 8))
+def _tuning(head: int, *, norm: bool, total: bool) -> tuple[int, int]:
+    """Warps of a Triton program and elements to a load: what was fastest on an H200 at D of 1536 and 5120.
+
+    A thread has 8 elements, and many more where a norm's sums would meet in too many warps.
+    """
+    most = 16 if not norm else 4 if total else 2
+    return max(1, min(head // 256, most)), 8 if total else 4
 
 
-def _launch_cuda(name: str, x: Tensor, tensors: dict[str, Tensor | None], scalars: dict[str, float]) -> None:
+def _launch_cuda(x: Tensor, eps: float, **others: Tensor | None) -> None:
     codes = dict(zip(DTYPES, (extension.FLOAT32, extension.FLOAT16, extension.BFLOAT16), strict=True))
+    # Only x and out are long: the rest is float32, and kept until the launch.
+    floats = {label: t if t is None or label == "out" else t.float() for label, t in others.items()}
     rows = {
         label: None if t is None else extension.Rows(t.data_ptr(), codes[t.dtype], t.shape[0], t.stride(0))
-        for label, t in tensors.items()
+        for label, t in {"x": x, **floats}.items()
     }
-    getattr(extension, name)(**rows, dim=x.shape[-1], **scalars, stream=current_stream(x))
+    extension.norm_scale_shift(**rows, dim=x.shape[-1], eps=eps, stream=current_stream(x))
 
 
-def _launch(name: str, backend: str, x: Tensor, tensors: dict[str, Tensor | None], **scalars: float) -> None:
+def _launch(backend: str, x: Tensor, tensors: dict[str, Tensor | None], eps: float = 0.0) -> None:
     if x.numel() == 0:
         return
     matrices = {label: None if t is None else _matrix(t) for label, t in {"x": x, **tensors}.items()}
     with torch.cuda.device_of(x):
-        if backend == "cuda":
-            _launch_cuda(name, x, matrices, scalars)
-        else:
-            _launch_triton(**matrices, **scalars)
+        (_launch_cuda if backend == "cuda" else _launch_triton)(**matrices, eps=eps)
 
 
 def _like(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -168,7 +181,7 @@ def norm_scale_shift(
 ) -> Tensor:
     out = _like(x, out_dtype)
     tensors = {"out": out, "scale": scale, "shift": shift, "weight": weight, "bias": bias}
-    _launch("norm_scale_shift", backend, x, tensors, eps=eps)
+    _launch(backend, x, tensors, eps)
     return out
 
 
@@ -184,7 +197,7 @@ def _(x, scale, shift, weight, bias, eps, out_dtype, backend):
 )
 def scale_residual(residual: Tensor, x: Tensor, gate: Tensor | None, out_dtype: torch.dtype, backend: str) -> Tensor:
     out = _like(x, out_dtype)
-    _launch("scale_residual", backend, x, {"residual_out": out, "residual": residual, "gate": gate})
+    _launch(backend, x, {"residual_out": out, "residual": residual, "gate": gate})
     return out
 
 
@@ -215,7 +228,7 @@ def scale_residual_norm_scale_shift(
     residual_out, out = _like(x, residual_dtype), _like(x, out_dtype)
     tensors = {"residual_out": residual_out, "out": out, "residual": residual, "gate": gate}
     tensors |= {"scale": scale, "shift": shift, "weight": weight, "bias": bias}
-    _launch("scale_residual_norm_scale_shift", backend, x, tensors, eps=eps)
+    _launch(backend, x, tensors, eps)
     return residual_out, out
 
 

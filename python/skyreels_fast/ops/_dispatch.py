@@ -29,7 +29,7 @@ try:
 except ImportError:
     triton = tl = None
 
-    def jit(kernel: Any) -> Any:
+    def jit(kernel: Any, **_options: Any) -> Any:
         """Leave the kernel a function that nobody calls."""
         return kernel
 
@@ -54,21 +54,11 @@ def available(device_type: str, offered: tuple[str, ...] = ("cuda", "triton", "r
     return [name for name in _PRESENT.get(device_type, ["ref"]) if name in offered]
 
 
-def choose(
-    op: str,
-    backend: str | None,
-    device_type: str,
-    offered: tuple[str, ...] = ("cuda", "triton", "ref"),
-    *,
-    opt_in: bool = False,
-) -> str:
-    """`backend`, or where it is None the preferred one: "ref" if the kernels are `opt_in`.
-
-    Raises ValueError for one that is not available.
-    """
+def choose(op: str, backend: str | None, device_type: str, offered: tuple[str, ...] = ("cuda", "triton", "ref")) -> str:
+    """`backend`, or where it is None the preferred one. Raises ValueError for one that is not available."""
     names = available(device_type, offered)
     if backend is None:
-        return "ref" if opt_in else names[0]
+        return names[0]
     if backend not in names:
         raise ValueError(f"{op}: backend {backend!r} is not available for {device_type}, only {', '.join(names)}")
     return backend

@@ -20,6 +20,13 @@ from torch.nn import functional
 from skyreels_fast.ops import _adaln_kernels as kernels
 from skyreels_fast.ops._dispatch import choose, needs_grad
 
+# A CUDA kernel stands where it is ahead of Triton's.
+BACKENDS = {
+    "norm_scale_shift": ("cuda", "triton", "ref"),
+    "scale_residual": ("triton", "ref"),
+    "scale_residual_norm_scale_shift": ("triton", "ref"),
+}
+
 
 def _modulate(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     if scale is None or shift is None:
@@ -137,7 +144,7 @@ def _choose(name: str, backend: str | None, x: Tensor, *others: Tensor | None, d
     devices = {str(tensor.device): None for tensor in tensors}
     if len(devices) > 1:
         raise ValueError(f"{name}: tensors must be on one device, not on {' and '.join(devices)}")
-    chosen = choose(name, backend, x.device.type, opt_in=True)
+    chosen = choose(name, backend, x.device.type, BACKENDS[name])
     wrong = [dtype for dtype in (*(tensor.dtype for tensor in tensors), *dtypes) if dtype not in kernels.DTYPES]
     if backend is None:
         return "ref" if wrong or x.shape[-1] > kernels.MAX_DIM or needs_grad(*tensors) else chosen

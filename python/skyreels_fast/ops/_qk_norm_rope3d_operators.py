@@ -1,0 +1,172 @@
+"""The torch operators of `qk_norm_rope3d`: they launch the kernels, of csrc/qk_norm_rope3d.cu and of Triton.
+
+`qk_norm_rope3d` checks what they are called with.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from skyreels_fast.ops import _qk_norm_rope3d_kernels as triton_kernels
+from skyreels_fast.ops._dispatch import current_stream, extension
+
+Grid = tuple[int, int, int]
+
+
+def axis_angles(length: int, start: int, pairs: int, theta: float, device: torch.device) -> Tensor:
+    positions = torch.arange(start, start + length, dtype=torch.float64, device=device)
+    exponents = torch.arange(pairs, dtype=torch.float64, device=device) / max(pairs, 1)
+    return torch.outer(positions, theta**-exponents)
+
+
+def pairs_by_axis(head_dim: int) -> tuple[int, int, int]:
+    across = head_dim // 6
+    return head_dim // 2 - 2 * across, across, across
+
+
+@lru_cache(maxsize=8)
+def _axis_table(grid: Grid, frame_offset: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """(cos, sin) of each frame's pairs, then each row's, then each column's: float32 [..., 2], for the kernels."""
+    axes = zip(grid, (frame_offset, 0, 0), pairs_by_axis(head_dim), strict=True)
+    # Made on the CPU: the copy is complete when it returns, so that any stream may read the table.
+    cpu = torch.device("cpu")
+    angles = torch.cat([axis_angles(length, first, n, theta, cpu).flatten() for length, first, n in axes])
+    return torch.stack((angles.cos(), angles.sin()), dim=-1).float().to(device)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    # The stride of a dimension of one says nothing, and would speak against 16-byte loads.
+    return tuple(stride if size > 1 else 0 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
+
+
+def _weights(x: Tensor, *weights: Tensor) -> list[Tensor]:
+    """Contiguous, all of one dtype: x's if they have it, else float32."""
+    dtype = x.dtype if all(weight.dtype == x.dtype for weight in weights) else torch.float32
+    return [weight.to(dtype).contiguous() for weight in weights]
+
+
+def _dtype_code(x: Tensor) -> int:
+    codes = {torch.float32: "FLOAT32", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
+    return getattr(extension, codes[x.dtype])
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@torch.library.custom_op(
+    "skyreels_fast::qk_norm", mutates_args=(), schema="(Tensor x, Tensor weight, float eps, str backend) -> Tensor"
+)
+def qk_norm(x: Tensor, weight: Tensor, eps: float, backend: str) -> Tensor:
+    x, (weight,), out = _rows(x), _weights(x, weight), _like(x)
+    if out.numel() == 0:
+        return out
+    with torch.cuda.device_of(out):
+        if backend == "cuda":
+            pointers = [tensor.data_ptr() for tensor in (out, x, weight)]
+            dtypes = (_dtype_code(x), _dtype_code(weight))
+            extension.qk_norm(*pointers, tuple(x.shape), _strides(x), eps, *dtypes, current_stream(x))
+        else:
+            triton_kernels.norm(out, x, weight, eps)
+    return out
+
+
+@torch.library.custom_op(
+    "skyreels_fast::qk_norm_rope3d",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, SymInt[] grid, SymInt[] token_range,"
+    " SymInt frame_offset, float theta, float eps, str backend) -> (Tensor, Tensor)",
+)
+def qk_norm_rope3d(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    grid: list[int],
+    token_range: list[int],
+    frame_offset: int,
+    theta: float,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    outs = _like(q), _like(k)
+    _launch_rope(outs, q, k, q_weight, k_weight, grid, token_range, frame_offset, theta, eps, backend)
+    return outs
+
+
+def _launch_rope(
+    outs: tuple[Tensor, Tensor],
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    grid: list[int],
+    token_range: list[int],
+    frame_offset: int,
+    theta: float,
+    eps: float,
+    backend: str,
+) -> None:
+    """outs: contiguous; they may be q and k, for a token is read whole before any of it is written."""
+    q, k, weights = _rows(q), _rows(k), _weights(q, q_weight, k_weight)
+    if q.numel() == 0:
+        return
+    frames, height, width = grid
+    table = _axis_table((frames, height, width), frame_offset, q.shape[3], theta, q.device)
+    tensors = (*outs, q, k, *weights, table)
+    with torch.cuda.device_of(q):
+        if backend == "cuda":
+            layout = (tuple(q.shape), _strides(q), _strides(k), tuple(grid), tuple(token_range))
+            dtypes = (_dtype_code(q), _dtype_code(weights[0]))
+            pointers = [tensor.data_ptr() for tensor in tensors]
+            extension.qk_norm_rope3d(*pointers, *layout, eps, *dtypes, current_stream(q))
+        else:
+            triton_kernels.norm_rope(*tensors, tuple(grid), tuple(token_range), eps)
+
+
+@torch.library.custom_op(
+    "skyreels_fast::qk_norm_rope3d_",
+    mutates_args=("q", "k"),
+    schema="(Tensor(a!) q, Tensor(b!) k, Tensor q_weight, Tensor k_weight, SymInt[] grid, SymInt[] token_range,"
+    " SymInt frame_offset, float theta, float eps, str backend) -> ()",
+)
+def qk_norm_rope3d_(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    grid: list[int],
+    token_range: list[int],
+    frame_offset: int,
+    theta: float,
+    eps: float,
+    backend: str,
+) -> None:
+    options = (q_weight, k_weight, grid, token_range, frame_offset, theta, eps, backend)
+    if q.is_contiguous() and k.is_contiguous():
+        _launch_rope((q, k), q, k, *options)
+    else:
+        for tensor, out in zip((q, k), qk_norm_rope3d(q, k, *options), strict=True):
+            tensor.copy_(out)
+
+
+@qk_norm.register_fake
+def _(x: Tensor, weight: Tensor, eps: float, backend: str) -> Tensor:
+    return _like(x)
+
+
+@qk_norm_rope3d.register_fake
+def _(q: Tensor, k: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return _like(q), _like(k)
+
+
+@qk_norm_rope3d_.register_fake
+def _(q: Tensor, k: Tensor, *_: object) -> None:
+    return None

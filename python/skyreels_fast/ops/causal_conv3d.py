@@ -1,0 +1,153 @@
+"""One frame of a causal 3D convolution, from the frames up to it, with bias and residual.
+
+    out[b, h, w, o] = bias[o] + residual[b, h, w, o]
+                    + sum over t, i, j, c of frames[t][b, h + i - KH // 2, w + j - KW // 2, c] * weight[o, c, t, i, j]
+
+frames: the last 1 to KT of them, the oldest first, each [B, H, W, C]; those that are not given are zeros, as are pixels
+outside. weight: [O, C, KT, KH, KW] with odd KH and KW; bias: [O]; residual: [B, H, W, O]. All of one dtype, which the
+result has. Sums are float32 (float64 where the frames are); on "triton" and "ref" rounded once.
+
+    triton   an implicit matrix product [B*H*W, KT*KH*KW*C] x [.., O] that reads each frame where it lies; bias and
+             residual are added before the one rounding. C a multiple of 16, KT up to 3. Weights in the memory order of
+             torch.channels_last_3d are read where they lie, others are copied first
+    conv2d   torch's 2D convolution of the frames side by side in the channels: cuDNN's on a GPU
+    conv3d   torch's 3D convolution of the stacked frames
+    ref      as conv3d, in any math dtype
+
+Only "ref", "conv2d" and "conv3d" are differentiable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from skyreels_fast.ops import _causal_conv3d_kernels as kernels
+from skyreels_fast.ops._dispatch import choose, needs_grad
+
+BACKENDS = ("triton", "conv2d", "conv3d", "ref")
+DEFAULT = {"cuda": "conv2d", "cpu": "conv2d"}  # by device; measured
+
+
+def causal_conv3d_ref(
+    frames: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    math_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """`causal_conv3d` in plain torch, computed in `math_dtype`."""
+    x = torch.stack([frame.to(math_dtype) for frame in frames], dim=1).permute(0, 4, 1, 2, 3)
+    padding = (0, weight.shape[3] // 2, weight.shape[4] // 2)
+    bias = None if bias is None else bias.to(math_dtype)
+    out = functional.conv3d(x, weight[:, :, -len(frames) :].to(math_dtype), bias, padding=padding)
+    out = out[:, :, 0].permute(0, 2, 3, 1)
+    return (out if residual is None else out + residual.to(math_dtype)).to(frames[-1].dtype)
+
+
+def causal_conv3d_cost(
+    shape: tuple[int, int, int, int], weight_shape: tuple[int, ...], *, residual: bool = False, itemsize: int = 2
+) -> tuple[int, int]:
+    """(bytes moved, flops) of one call on frames of `shape` [B, H, W, C], all KT of them there."""
+    pixels, channels = shape[0] * shape[1] * shape[2], shape[3]
+    out_channels, _, taps_t, taps_h, taps_w = weight_shape
+    taps = taps_t * taps_h * taps_w
+    rows = channels * taps_t + out_channels * (1 + residual)
+    return (pixels * rows + out_channels * channels * taps) * itemsize, 2 * pixels * out_channels * channels * taps
+
+
+def _conv2d(frames: Sequence[Tensor], weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    # [O, C, t, KH, KW] → [O, t·C, KH, KW], in memory [O, KH, KW, t·C]: what cuDNN reads best
+    taps = weight[:, :, -len(frames) :].permute(0, 3, 4, 2, 1).flatten(3)
+    # Tensor cores take whole eights of channels.
+    missing = -taps.shape[-1] % 8 if weight.is_cuda else 0
+    if missing:
+        frames = [*frames, frames[0].new_zeros(*frames[0].shape[:3], missing)]
+        taps = functional.pad(taps, (0, missing))
+    x = torch.cat(list(frames), dim=-1) if len(frames) > 1 else frames[0]
+    return _torch_convolution(functional.conv2d, x.permute(0, 3, 1, 2), taps.permute(0, 3, 1, 2), bias, residual)
+
+
+def _conv3d(frames: Sequence[Tensor], weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    x = torch.stack(list(frames), dim=1).permute(0, 4, 1, 2, 3)
+    return _torch_convolution(functional.conv3d, x, weight[:, :, -len(frames) :], bias, residual)
+
+
+def _torch_convolution(convolve, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """A convolution with one output frame, and one pass for what is added to it where a kernel can do that."""
+    padding = (0,) * (x.dim() - 4) + (weight.shape[-2] // 2, weight.shape[-1] // 2)
+    fused = x.dtype in kernels.DTYPES and kernels.present(x) and not needs_grad(x, weight, bias, residual)
+    out = convolve(x, weight, None if fused else bias, padding=padding)
+    out = (out[:, :, 0] if x.dim() == 5 else out).permute(0, 2, 3, 1)
+    if fused:
+        return kernels.add_in_place(out.contiguous(), bias, residual)
+    return out if residual is None else out + residual
+
+
+def _check(frames: Sequence[Tensor], weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    name = "causal_conv3d"
+    if weight.dim() != 5 or not weight.shape[3] % 2 or not weight.shape[4] % 2:
+        raise ValueError(f"{name}: weight must be [O, C, KT, KH, KW] with odd KH and KW, not {list(weight.shape)}")
+    if not 1 <= len(frames) <= weight.shape[2]:
+        raise ValueError(f"{name}: frames must be 1 to KT = {weight.shape[2]} tensors, not {len(frames)}")
+    shape = frames[0].shape
+    if len(shape) != 4 or shape[3] != weight.shape[1] or any(frame.shape != shape for frame in frames):
+        shapes = ", ".join(str(list(frame.shape)) for frame in frames)
+        raise ValueError(f"{name}: frames must be [B, H, W, C] with C = {weight.shape[1]}, all alike, not {shapes}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{name}: bias must be [O] = [{weight.shape[0]}], not {list(bias.shape)}")
+    if residual is not None and residual.shape != (*shape[:3], weight.shape[0]):
+        raise ValueError(f"{name}: residual must be {[*shape[:3], weight.shape[0]]}, not {list(residual.shape)}")
+    tensors = [*frames, weight, *(tensor for tensor in (bias, residual) if tensor is not None)]
+    for kinds, what in (({t.dtype for t in tensors}, "one dtype"), ({str(t.device) for t in tensors}, "one device")):
+        if len(kinds) > 1:
+            raise ValueError(f"{name}: all tensors must have {what}, not {' and '.join(sorted(map(str, kinds)))}")
+
+
+def _choose(backend: str | None, x: Tensor, weight: Tensor, *others: Tensor | None) -> str:
+    """`backend`, or the default, "conv2d" for what the kernel cannot do. Raises ValueError for one that cannot run."""
+    name = "causal_conv3d"
+    fits = x.shape[-1] % kernels.CHANNEL_MULTIPLE == 0 and weight.shape[2] <= kernels.MAX_FRAMES
+    usable = x.dtype in kernels.DTYPES and fits
+    if backend is None:
+        chosen = DEFAULT.get(x.device.type, "conv2d")
+        possible = usable and kernels.has_room(x.device) and not needs_grad(x, weight, *others)
+        return "conv2d" if chosen == "triton" and not possible else chosen
+    if backend not in BACKENDS:
+        raise ValueError(f"{name}: backend {backend!r} is not one of {', '.join(BACKENDS)}")
+    if backend == "triton":
+        choose(name, backend, x.device.type)
+        if not usable:
+            raise ValueError(
+                f"{name}: backend 'triton' takes float32, float16 and bfloat16, C in multiples of "
+                f"{kernels.CHANNEL_MULTIPLE} and KT up to {kernels.MAX_FRAMES}, not {x.dtype}, C = {x.shape[-1]} and "
+                f"KT = {weight.shape[2]}; use 'conv2d'"
+            )
+    return backend
+
+
+def causal_conv3d(
+    frames: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """The convolution's output [B, H, W, O] at the newest of `frames`: 1 to KT of them [B, H, W, C], the oldest first.
+
+    weight: [O, C, KT, KH, KW]; bias: [O]; residual: [B, H, W, O], added. Raises ValueError for shapes, dtypes or
+    devices that do not fit, or a backend that is not there.
+    """
+    _check(frames, weight, bias, residual)
+    backend = _choose(backend, frames[-1], weight, bias, residual)
+    if backend == "triton":
+        return kernels.causal_conv3d(list(frames), weight, bias, residual)
+    if backend == "ref":
+        math_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        return causal_conv3d_ref(frames, weight, bias, residual, math_dtype=math_dtype)
+    return {"conv2d": _conv2d, "conv3d": _conv3d}[backend](frames, weight, bias, residual)
