@@ -187,6 +187,11 @@ def test_gpu_backends(backend: str | None, head_dim: int, size: tuple[int, int, 
         slack = exact.abs().amax((-2, -1)) * 2**-8
         assert bool((error.amax((-2, -1)) <= 2 * rough.amax((-2, -1)) + slack).all())
         assert torch.equal(out, ops.attention(q, k, v, block_tokens=block_tokens, backend=backend))
+    out, lse = attention_with_lse(q, k, v, backend=backend)
+    scores = torch.einsum("bqnd,bknd->bnqk", q.double(), k.double()) * head_dim**-0.5
+    assert lse.dtype == torch.float32 and lse.shape == (batch, 4, queries)
+    assert rel_l2(lse.cpu(), scores.logsumexp(-1).cpu()) < 1e-3
+    assert rel_l2(out.cpu(), ops.attention(q, k, v, backend=backend).cpu()) < 2 * 2**-8
 
 
 @pytest.mark.gpu

@@ -11,9 +11,12 @@ from torch import Tensor
 
 from skyreels_fast.ops.attention import attention_ref, attention_with_lse
 from skyreels_fast.parallel import Degrees, Layout, LeaderError, World, choose_layout, is_lost_peer, require
+from skyreels_fast.parallel.layout import slices
 from skyreels_fast.parallel.ring import merge
-from skyreels_fast.parallel.sequence import SequenceAttention, slices
+from skyreels_fast.parallel.rows import FrameRows
+from skyreels_fast.parallel.sequence import SequenceAttention
 from skyreels_fast.parallel.team import Team
+from skyreels_fast.vae import VAE
 
 CPU = torch.device("cpu")
 HEADS, HEAD_DIM = 4, 8
@@ -223,3 +226,37 @@ def test_what_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"need xfuser; pip install 'skyreels-fast\[parallel\]'"):
         require(torch.device("cuda", 0))
+
+
+def _vae(seed: int) -> VAE:
+    torch.manual_seed(seed)
+    vae = VAE(base_dim=8).eval()
+    for name, parameter in vae.named_parameters():
+        if name.endswith("gamma"):
+            torch.nn.init.normal_(parameter, mean=1, std=0.3)
+    return vae
+
+
+@torch.no_grad()
+def _by_rows(rank: int, latents: Tensor, video: Tensor) -> tuple[Tensor, list[Tensor]]:
+    vae, rows = _vae(0), FrameRows(World(CPU), latents.shape[-2])
+    encoded = vae.encode_stream(video.split(3, dim=2), rows)
+    return encoded, list(vae.decode_stream(latents, shared=rows))
+
+
+@pytest.mark.parametrize(("size", "height"), [(2, 6), (3, 7), (4, 4)])
+@torch.no_grad()
+def test_the_vae_by_rows(size: int, height: int) -> None:
+    """As many rows in each process or not, down to a single one of the latents."""
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(1, 16, 3, height, 5, generator=generator)
+    video = torch.rand(1, 3, 9, 8 * height, 40, generator=generator) * 2 - 1
+    vae = _vae(0)
+    decoded, encoded = vae.decode(latents), vae.encode(video)
+    for rank, (own, chunks) in enumerate(together(size, _by_rows, latents, video)):
+        assert rel_l2(own, encoded) < 1e-5
+        if rank == 0:
+            assert [chunk.shape[2] for chunk in chunks] == [1, 4, 4]
+            assert rel_l2(torch.cat(chunks, dim=2), decoded) < 1e-5
+        else:
+            assert not chunks

@@ -12,7 +12,6 @@ from test_golden_pipelines import SETTINGS, _request
 from torch import Tensor
 
 import skyreels_fast as sf
-from skyreels_fast.checkpoint import Checkpoint
 from skyreels_fast.conditions import Conditions
 from skyreels_fast.parallel import Degrees
 
@@ -84,14 +83,12 @@ def test_equal_to_one_process(name: str, way: str, models: Path, alone) -> None:
     assert all(len(other) == 0 for other in others)
 
 
-def _bundled(rank: int, degrees: Degrees, requests: list[sf.Request]) -> list[tuple[list[Tensor], Tensor, bool, bool]]:
+def _bundled(rank: int, degrees: Degrees, requests: list[sf.Request]) -> list[tuple[list[Tensor], Tensor, bool]]:
     pipe = sf.Pipeline.from_pretrained("tiny", "cpu", torch.float32, offload=True, mode="df", degrees=degrees)
-    encode, load_vae = Conditions._encode, Checkpoint.load_vae
-    seen = {"text": False, "vae": False}
+    encode, seen = Conditions._encode, {"text": False}
     Conditions._encode = lambda *args: seen.update(text=True) or encode(*args)
-    Checkpoint.load_vae = lambda *args: seen.update(vae=True) or load_vae(*args)
     results = [pipe(request) for request in requests]
-    return [(result.latents, result.frames, seen["text"], seen["vae"]) for result in results]
+    return [(result.latents, result.frames, seen["text"]) for result in results]
 
 
 PROMPT = "a red circle moving right on a black background"
@@ -111,11 +108,11 @@ def bundled_alone() -> list[sf.Result]:
 
 @pytest.mark.parametrize("size, degrees", [(2, SHARED), (4, Degrees()), (4, SHARED), (4, Degrees(2, 2))])
 def test_prompts_and_frames_that_do_not_divide(size: int, degrees: Degrees, bundled_alone: list[sf.Result]) -> None:
-    """The bundled model, offloaded. The encoders and the VAE are read by the leader alone."""
+    """The bundled model, offloaded. The encoders are read by the leader alone."""
     for rank, results in enumerate(together(size, _bundled, degrees, REQUESTS)):
-        for (latents, frames, read_text, read_vae), expected in zip(results, bundled_alone, strict=True):
+        for (latents, frames, read_text), expected in zip(results, bundled_alone, strict=True):
             assert rel_l2(latents[0], expected.latents[0]) < 1e-5
-            assert read_text == read_vae == (rank == 0)
+            assert read_text == (rank == 0)
             if rank == 0:
                 assert (frames.int() - expected.frames.int()).abs().max() <= 1
 

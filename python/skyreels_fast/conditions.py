@@ -15,7 +15,7 @@ from .encoders.image import ImageEncoder
 from .encoders.text import TextEncoder
 from .placement import Placement
 from .request import Settings
-from .vae import VAE
+from .vae import VAE, SharedRows
 
 
 class Conditions:
@@ -98,7 +98,7 @@ def load_pictures(settings: Settings) -> dict[str, Tensor]:
     }
 
 
-def image_channels(vae: VAE, image: Tensor, latents: int) -> Tensor:
+def image_channels(vae: VAE, image: Tensor, latents: int, shared: SharedRows | None = None) -> Tensor:
     """I2V's 20 extra channels [1, 20, F, h, w]: 4 of mask, 1 on the given frame, and the latents of (image, zeros)."""
 
     def frames() -> Iterator[Tensor]:
@@ -106,7 +106,7 @@ def image_channels(vae: VAE, image: Tensor, latents: int) -> Tensor:
         empty = torch.zeros_like(image).expand(-1, -1, VAE_STRIDE[0], -1, -1)
         yield from (empty for _ in range(latents - 1))
 
-    encoded = vae.encode_stream(frames())
+    encoded = vae.encode_stream(frames(), shared)
     mask = torch.zeros_like(encoded[:, :4])
     mask[:, :, 0] = 1
     return torch.cat([mask, encoded], dim=1)

@@ -26,7 +26,7 @@ from .sampling.teacache import TeaCacheSettings
 from .sampling.team import Alone, Team
 from .sampling.windows import Window
 from .stages import Clock, Progress
-from .vae import VAE
+from .vae import VAE, SharedRows
 
 
 @dataclass
@@ -211,8 +211,9 @@ class Pipeline:
                 yield frames
         for index, window in enumerate(plan.windows):
             with clock("encode"):
-                begin = partial(self._begin, vae, settings, window, pictures, history, noise)
-                initial, channels = team.first(begin)
+                shared = team.rows(settings.height // VAE_STRIDE[1])
+                initial = team.first(partial(self._begin, vae, settings, window, pictures, history, noise))
+                channels = self._channels(vae, settings, window, pictures, team, shared)
             progress.window(index, len(plan.windows), plan.calls[index])
             with clock("denoise"), self.placement.use(dit, beside=needs.beside):
                 contexts = contexts or [dit.encode_context(text.to(self.device), image) for text in texts]
@@ -239,10 +240,11 @@ class Pipeline:
                     on_step=lambda _row: progress.step(),
                 )[:, :, : window.latents]
             result.latents.append(latents)
-            if not team.leads:
+            if shared is None and not team.leads:
                 continue
             with self.placement.use(vae):
-                decoded = media.to_host(_skip(window.drop, vae.decode_stream(latents)), floats=history.limit > 0)
+                chunks = _skip(window.drop, vae.decode_stream(latents, shared=shared))
+                decoded = media.to_host(chunks, floats=history.limit > 0)
                 for chunk, frames in clock.each("decode", decoded):
                     if chunk is not None:
                         history.add(chunk)  # the next window's beginning is encoded from what was put out
@@ -254,18 +256,14 @@ class Pipeline:
         return Sharing(self.world, self.layout(plan), _tokens_per_frame(plan), self._backend)
 
     def _load(self) -> tuple[DiT, VAE]:
-        """The DiT and the VAE, each in its dtype; kept for the next request.
-
-        Of several processes, the VAE's weights are in the leader alone.
-        """
+        """The DiT and the VAE, each in its dtype; kept for the next request."""
         if self._dit is None or self._vae is None:
             with torch.device("meta"):
                 dit, vae = DiT(self.checkpoint.config), _vae_of(self.checkpoint)
             self.checkpoint.load_transformer(dit, self.placement.home, self.dtype)
-            if self.world is None or self.world.leads:
-                self.checkpoint.load_vae(vae, self.placement.home, self.vae_dtype)
-                if self.device.type == "cuda":
-                    vae.lay_out()
+            self.checkpoint.load_vae(vae, self.placement.home, self.vae_dtype)
+            if self.device.type == "cuda":
+                vae.lay_out()
             self._dit, self._vae = dit.eval(), vae.eval()
         return self._dit, self._vae
 
@@ -277,12 +275,27 @@ class Pipeline:
         pictures: dict[str, Tensor],
         history: History,
         noise: torch.Generator,
-    ) -> tuple[Tensor, Tensor | None]:
-        """What a window starts from: its latents, and the channels that an I2V model is given beside them."""
+    ) -> Tensor:
+        """The latents that a window starts from."""
         with self.placement.use(vae):
             prefix, end = self._given(vae, window, pictures, history)
-            channels = image_channels(vae, pictures["image"], window.latents) if settings.mode == "i2v" else None
-        return self._initial(settings, window, prefix, end, noise), channels
+        return self._initial(settings, window, prefix, end, noise)
+
+    def _channels(
+        self,
+        vae: VAE,
+        settings: Settings,
+        window: Window,
+        pictures: dict[str, Tensor],
+        team: Team,
+        shared: SharedRows | None,
+    ) -> Tensor | None:
+        """What an I2V model is given beside the latents."""
+        if settings.mode != "i2v":
+            return None
+        with self.placement.use(vae):
+            encode = partial(image_channels, vae, pictures["image"], window.latents, shared)
+            return team.first(encode) if shared is None else encode()
 
     def _given(
         self, vae: VAE, window: Window, pictures: dict[str, Tensor], history: History

@@ -49,6 +49,13 @@ class Layout(NamedTuple):
         return f"ulysses {self.ulysses} x ring {self.ring}{branches}"
 
 
+def slices(tokens: int, parts: int) -> list[tuple[int, int]]:
+    """(first, last + 1) of `parts` slices of a frame's tokens or rows, as even as can be, the longer ones first."""
+    length, longer = divmod(tokens, parts)
+    starts = [part * length + min(part, longer) for part in range(parts + 1)]
+    return list(zip(starts, starts[1:], strict=False))
+
+
 def choose_layout(degrees: Degrees, size: int, *, heads: int, guided: bool, tokens_per_frame: int) -> Layout:
     """The layout of `size` processes: guidance branches apart where it can be, then as much Ulysses as the heads allow.
 

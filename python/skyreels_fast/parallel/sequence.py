@@ -14,16 +14,9 @@ from torch import Tensor
 
 from skyreels_fast.ops import attention
 
-from .layout import Layout
+from .layout import Layout, slices
 from .ring import ring_attention
 from .world import Groups
-
-
-def slices(tokens: int, parts: int) -> list[tuple[int, int]]:
-    """(first, last + 1) of `parts` slices of a frame's tokens, as even as can be, the longer ones first."""
-    length, longer = divmod(tokens, parts)
-    starts = [part * length + min(part, longer) for part in range(parts + 1)]
-    return list(zip(starts, starts[1:], strict=False))
 
 
 class SequenceAttention:

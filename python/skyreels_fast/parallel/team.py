@@ -6,20 +6,17 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from skyreels_fast.dit import Embedded
 
-from .layout import Layout
-from .sequence import SequenceAttention, slices
-from .world import World
+from .layout import Layout, slices
+from .rows import FrameRows
+from .sequence import SequenceAttention
+from .world import World, all_gather
 
 T = TypeVar("T")
 Grid = tuple[int, int, int]
-
-# Newer torch calls it so.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Team:
@@ -49,6 +46,10 @@ class Team:
         """The smallest of all processes' values."""
         return self.world.least(value)
 
+    def rows(self, height: int) -> FrameRows | None:
+        """How latents of so many rows are shared out for decoding; None: they are too few, the leader has them all."""
+        return FrameRows(self.world, height) if height >= self.world.size > 1 else None
+
     def branches(self, count: int) -> list[int]:
         """Which of `count` guidance branches this process computes."""
         return [self._branch] if self.layout.branches == count == 2 else list(range(count))
@@ -68,7 +69,7 @@ class Team:
         sent = own.new_zeros(*own.shape[:-1], widest)
         sent[..., : own.shape[-1]] = own
         got = sent.new_empty(self.world.size * len(parts), *sent.shape[1:])
-        _all_gather(got, sent)
+        all_gather(got, sent)
         # [ranks of a branch after one another, branches that each has] → branches, each a list of shards
         got = got.unflatten(0, (-1, self.sequence, len(parts))).transpose(1, 2).flatten(0, 1)
         return [self._joined(branch, grid) for branch in got]

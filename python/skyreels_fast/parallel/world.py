@@ -28,6 +28,9 @@ class LeaderError(RuntimeError):
     """Rank 0 has failed, and says itself why."""
 
 
+# Newer torch calls it so.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 _LOST = re.compile("closed by peer|reset by peer|broken pipe|timed? ?out", re.IGNORECASE)
 
 

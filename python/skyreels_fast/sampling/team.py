@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -35,6 +35,9 @@ class Team(Protocol):
     def least(self, value: int) -> int:
         """The smallest of all processes' values."""
 
+    def rows(self, height: int) -> Any:
+        """How latents of so many rows are shared out for decoding; None: the leader has them all."""
+
     def branches(self, count: int) -> list[int]:
         """Which of `count` guidance branches this process computes."""
 
@@ -61,6 +64,9 @@ class Alone:
 
     def least(self, value: int) -> int:
         return value
+
+    def rows(self, height: int) -> None:
+        return None
 
     def branches(self, count: int) -> list[int]:
         return list(range(count))

@@ -5,6 +5,6 @@ model.py holds the VAE, layers.py what it is made of, tiles.py the decoding by p
 
 from __future__ import annotations
 
-from .model import VAE
+from .model import VAE, SharedRows
 
-__all__ = ["VAE"]
+__all__ = ["VAE", "SharedRows"]

@@ -5,12 +5,16 @@
 two frames it still needs and nothing else. Flows chain; a frame goes through all of them before the next is asked for,
 so what lies in memory is those few frames of each layer and no more than two frames on their way. No frame is
 padded, joined to its past or copied into it: `ops.causal_conv3d` reads the frames where they are.
+
+Several processes may each have some rows of every frame: where a layer looks beyond them, `rows` gets it the others'.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import chain, islice
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +23,17 @@ from torch import Tensor, nn
 from ..ops import causal_conv3d, norm_silu
 
 Frames = Iterator[Tensor]
+
+
+class Rows(Protocol):
+    """This process's rows of each frame, of several processes that share the frames out by height."""
+
+    def widen(self, frame: Tensor) -> Tensor:
+        """[B, h, W, C] with the row above and the row below: [B, h + 2, W, C]; zeros beyond the frame's edges."""
+
+    def whole(self, frame: Tensor) -> Tensor:
+        """[B, h, W, C] and all other rows: [B, H, W, C]."""
+
 
 # Of a frame enlarged twice: which rows of a 3-high kernel fall on source row p − 1, and which on row p, where its
 # centre is the second enlarged row of p − 1, and where it is the first of p. Columns likewise.
@@ -36,18 +51,21 @@ class CausalConv3d(nn.Conv3d):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(F.pad(x, (0, 0, 0, 0, self.past, 0)) if self.past else x)
 
-    def step(self) -> Callable[..., Tensor]:
+    def step(self, rows: Rows | None = None) -> Callable[..., Tensor]:
         """A function (frame, residual=None) → output frame, to be called with a video's frames in turn."""
+        rows = rows if self.kernel_size[1] > 1 else None
         if self._is_narrow:
-            return self._narrow_step()
+            return self._narrow_step(rows)
         frames: list[Tensor] = []
 
         def step(frame: Tensor, residual: Tensor | None = None) -> Tensor:
-            frames.append(frame)
+            frames.append(frame if rows is None else rows.widen(frame))
+            if rows is not None and residual is not None:
+                residual = F.pad(residual, (0, 0, 0, 0, 1, 1))
             out = causal_conv3d(frames, self.weight, self.bias, residual)
             if len(frames) > self.past:
                 frames.pop(0)
-            return out
+            return out if rows is None else _inner(out, 1)
 
         return step
 
@@ -62,7 +80,7 @@ class CausalConv3d(nn.Conv3d):
             return self.past * pixels * self.out_channels * 4
         return self.past * pixels * self.in_channels * self.weight.itemsize
 
-    def _narrow_step(self) -> Callable[[Tensor], Tensor]:
+    def _narrow_step(self, rows: Rows | None) -> Callable[[Tensor], Tensor]:
         """As `step`, where few channels come of many: it keeps what a frame adds to later outputs, not the frame.
 
         One convolution in space gives a frame's part of this output and of the next ones. They add up in float32.
@@ -75,7 +93,8 @@ class CausalConv3d(nn.Conv3d):
         pending: list[Tensor] = []  # parts of the next output, of the one after it, …
 
         def step(frame: Tensor) -> Tensor:
-            parts = causal_conv3d([frame], weight)[..., : taps * self.out_channels].to(dtype)
+            wide = causal_conv3d([frame if rows is None else rows.widen(frame)], weight)
+            parts = (wide if rows is None else _inner(wide, 1))[..., : taps * self.out_channels].to(dtype)
             parts = [*parts.unflatten(-1, (taps, self.out_channels)).unbind(-2)][::-1]
             sums = [part + held for part, held in zip(parts, pending, strict=False)] + parts[len(pending) :]
             pending[:] = sums[1:]
@@ -83,8 +102,8 @@ class CausalConv3d(nn.Conv3d):
 
         return step
 
-    def flow(self, frames: Frames) -> Frames:
-        return map(self.step(), frames)
+    def flow(self, frames: Frames, rows: Rows | None = None) -> Frames:
+        return map(self.step(rows), frames)
 
 
 class ChannelNorm(nn.Module):
@@ -122,9 +141,9 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return apply(self.residual, x) + self.shortcut(x)
 
-    def flow(self, frames: Frames) -> Frames:
+    def flow(self, frames: Frames, rows: Rows | None = None) -> Frames:
         norm1, _, conv1, norm2, _, _, conv2 = self.residual
-        first, second = conv1.step(), conv2.step()
+        first, second = conv1.step(rows), conv2.step(rows)
 
         def step(x: Tensor) -> Tensor:
             shortcut = pointwise(self.shortcut, x) if isinstance(self.shortcut, CausalConv3d) else x
@@ -145,20 +164,24 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         frames = x.transpose(1, 2).flatten(0, 1)  # [B·T, C, H, W]
-        out = self.proj(self._attend(self.to_qkv(self.norm(frames)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+        q, k, v = self.to_qkv(self.norm(frames)).permute(0, 2, 3, 1).chunk(3, dim=-1)
+        out = self.proj(self._attend(q, k, v).permute(0, 3, 1, 2))
         return x + out.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
 
-    def flow(self, frames: Frames) -> Frames:
-        return map(self._frame, frames)
+    def flow(self, frames: Frames, rows: Rows | None = None) -> Frames:
+        return map(partial(self._frame, rows=rows), frames)
 
-    def _frame(self, x: Tensor) -> Tensor:
-        return x + pointwise(self.proj, self._attend(pointwise(self.to_qkv, self.norm.frame(x, silu=False))))
+    def _frame(self, x: Tensor, rows: Rows | None) -> Tensor:
+        q, k, v = pointwise(self.to_qkv, self.norm.frame(x, silu=False)).chunk(3, dim=-1)
+        if rows is not None:
+            k, v = rows.whole(k), rows.whole(v)
+        return x + pointwise(self.proj, self._attend(q, k, v))
 
     @staticmethod
-    def _attend(qkv: Tensor) -> Tensor:
-        """[B, H, W, 3C] → [B, H, W, C]"""
-        q, k, v = (part.contiguous() for part in qkv.flatten(1, 2)[:, None].chunk(3, dim=-1))  # [B, 1, H·W, C]
-        return F.scaled_dot_product_attention(q, k, v)[:, 0].unflatten(1, qkv.shape[1:3])
+    def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [B, h, W, C] to k, v [B, H, W, C]: [B, h, W, C]"""
+        flat = (part.flatten(1, 2)[:, None].contiguous() for part in (q, k, v))  # [B, 1, H·W, C]
+        return F.scaled_dot_product_attention(*flat)[:, 0].unflatten(1, q.shape[1:3])
 
 
 class Downsample(nn.Module):
@@ -177,12 +200,15 @@ class Downsample(nn.Module):
             return x
         return torch.cat([x[:, :, :1], self.time_conv(x)], dim=2)
 
-    def flow(self, frames: Frames) -> Frames:
-        smaller = map(self._frame, frames)
+    def flow(self, frames: Frames, rows: Rows | None = None) -> Frames:
+        smaller = map(partial(self._frame, rows=rows), frames)
         return self._halve_time(smaller) if self.in_time else smaller
 
-    def _frame(self, x: Tensor) -> Tensor:
-        return self.resample(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    def _frame(self, x: Tensor, rows: Rows | None) -> Tensor:
+        if rows is None:
+            return self.resample(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = F.pad(rows.widen(x)[:, 1:], (0, 0, 0, 1))  # of the rows beyond its own it sees the one below alone
+        return self.resample[1](x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
     def _halve_time(self, frames: Frames) -> Frames:
         held = list(islice(frames, 1))
@@ -218,8 +244,10 @@ class Upsample(nn.Module):
         pairs = self.time_conv(x).unflatten(1, (2, x.shape[1]))  # [B, 2, C, T, H, W]
         return pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
 
-    def flow(self, frames: Frames) -> Frames:
-        return map(self._enlarge(), self._double_time(frames) if self.in_time else frames)
+    def flow(self, frames: Frames, rows: Rows | None = None) -> Frames:
+        enlarge = self._enlarge()
+        frames = self._double_time(frames) if self.in_time else frames
+        return map(enlarge, frames) if rows is None else (_inner(enlarge(rows.widen(frame)), 2) for frame in frames)
 
     def _double_time(self, frames: Frames) -> Frames:
         yield from islice(frames, 1)
@@ -260,16 +288,21 @@ def apply(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
     return x
 
 
-def flow(layers: Iterable[nn.Module], frames: Frames) -> Frames:
-    """Frames through the layers in turn, as they are asked for."""
+def flow(layers: Iterable[nn.Module], frames: Frames, rows: Rows | None = None) -> Frames:
+    """Frames, or of each those `rows` of this process, through the layers in turn, as they are asked for."""
     for layer in layers:
-        frames = layer.flow(frames)
+        frames = layer.flow(frames, rows)
     return frames
 
 
 def pointwise(conv: nn.Conv2d | nn.Conv3d, frame: Tensor) -> Tensor:
     """A convolution with a kernel of one pixel, of a frame [B, H, W, C]."""
     return F.linear(frame, conv.weight.flatten(1), conv.bias)
+
+
+def _inner(frame: Tensor, edge: int) -> Tensor:
+    """A frame [B, H, W, C] without so many rows at its top and at its bottom."""
+    return frame[:, edge:-edge].contiguous()
 
 
 def _halves(frame: Tensor) -> Iterator[Tensor]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from .layers import (
     Downsample,
     Frames,
     ResidualBlock,
+    Rows,
     SpatialAttention,
     Upsample,
     apply,
@@ -33,6 +35,16 @@ WIDTHS = (1, 2, 4, 4)  # channels of each level, in base dims
 TIME_SCALED = (False, True, True)  # which of the three downsamplings also halve time
 
 
+class SharedRows(Rows, Protocol):
+    """As `Rows`, of a whole VAE."""
+
+    def own(self, latents: Tensor) -> Tensor:
+        """This process's rows of latents [B, 16, F, h, w] or of a frame [B, 3, H, W]."""
+
+    def collected(self, frames: Frames) -> Frames:
+        """Whole frames [B, 3, H, W] of every process's rows of them, none in a process that does not need them."""
+
+
 class Head(nn.ModuleList):
     """Norm, SiLU and the convolution that ends an encoder or a decoder."""
 
@@ -42,9 +54,9 @@ class Head(nn.ModuleList):
     def forward(self, x: Tensor) -> Tensor:
         return apply(self, x)
 
-    def flow(self, frames: Frames) -> Frames:
+    def flow(self, frames: Frames, rows: Rows | None = None) -> Frames:
         norm, _, conv = self
-        return conv.flow(map(partial(norm.frame, silu=True), frames))
+        return conv.flow(map(partial(norm.frame, silu=True), frames), rows)
 
 
 class Encoder(nn.Module):
@@ -150,41 +162,54 @@ class VAE(nn.Module):
         """
         return self.encode_stream([video])
 
-    def encode_stream(self, chunks: Iterable[Tensor]) -> Tensor:
-        """As `encode`, of a video that comes in pieces [B, 3, t, H, W] of any length t."""
+    def encode_stream(self, chunks: Iterable[Tensor], shared: SharedRows | None = None) -> Tensor:
+        """As `encode`, of a video that comes in pieces [B, 3, t, H, W] of any length t.
+
+        shared: several processes encode together, all of them called with the same video; all get the latents.
+        """
         mean, std = self._statistics()
-        moments = _tuned(flow(self.encoder.stages, self._frames_of(chunks)), mean.device)
+        moments = _tuned(flow(self.encoder.stages, self._frames_of(chunks, shared), shared), mean.device)
         means = [pointwise(self.conv1, frame.to(self._dtype))[..., :LATENT_CHANNELS].float() for frame in moments]
+        if shared is not None:
+            means = [shared.whole(frame) for frame in means]
         return (torch.stack(means, dim=1).permute(0, 4, 1, 2, 3).contiguous() - mean) / std
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents [B, 16, F, h, w] → video [B, 3, 4F−3, 8h, 8w] in [−1, 1], float32."""
         return torch.cat(list(self.decode_stream(latents)), dim=2)
 
-    def decode_stream(self, latents: Tensor, budget_bytes: int | None = None) -> Iterator[Tensor]:
+    def decode_stream(
+        self, latents: Tensor, budget_bytes: int | None = None, shared: SharedRows | None = None
+    ) -> Iterator[Tensor]:
         """As `decode`, latent frame by latent frame: first 1, then 4 frames [B, 3, 1 or 4, 8h, 8w] at a time.
 
         Args:
             budget_bytes: memory that the decoder may take beside its weights (see `tiles.decode_bytes`). Where the
                 frames do not fit they are decoded in overlapping tiles, one after the other, and blended: nothing comes
                 before the last tile, and the video is held on the host. None: always whole.
+            shared: several processes decode together, all of them called with the same latents; the frames come out in
+                those that `shared` collects them in.
 
         Raises:
             ValueError: not even the smallest tile fits into the budget.
         """
+        if shared is not None:
+            return self._decode_whole(shared.own(latents), shared)
         if budget_bytes is None or tiles.decode_bytes(self, latents.shape) <= budget_bytes:
             return self._decode_whole(latents)
         return tiles.decode(self, self._decode_whole, latents, budget_bytes)
 
-    def _decode_whole(self, latents: Tensor) -> Iterator[Tensor]:
+    def _decode_whole(self, latents: Tensor, shared: SharedRows | None = None) -> Iterator[Tensor]:
         mean, std = self._statistics()
 
         def enter(latent: Tensor) -> Tensor:
             z = latent.to(mean.device).float() * std[:, :, 0] + mean[:, :, 0]
             return pointwise(self.conv2, z.permute(0, 2, 3, 1).to(self._dtype).contiguous())
 
-        frames = flow(self.decoder.stages, map(enter, latents.unbind(2)))
+        frames = flow(self.decoder.stages, map(enter, latents.unbind(2)), shared)
         frames = _tuned((frame.permute(0, 3, 1, 2).float().clamp(-1, 1) for frame in frames), mean.device)
+        if shared is not None:
+            frames = shared.collected(frames)
         count = 1
         # Nothing is held by a name while the next frames are made.
         while (chunk := _stacked(islice(frames, count))) is not None:
@@ -192,12 +217,13 @@ class VAE(nn.Module):
             del chunk
             count = VAE_STRIDE[0]
 
-    def _frames_of(self, chunks: Iterable[Tensor]) -> Frames:
+    def _frames_of(self, chunks: Iterable[Tensor], shared: SharedRows | None) -> Frames:
         """A video in pieces [B, 3, t, H, W] as frames [B, H, W, 3] in the VAE's dtype, on its device."""
         device = self.conv2.weight.device
         for chunk in chunks:
             if chunk.shape[-2] % VAE_STRIDE[1] or chunk.shape[-1] % VAE_STRIDE[2]:
                 raise ValueError(f"the VAE takes heights and widths divisible by 8, got {tuple(chunk.shape[-2:])}")
+            chunk = chunk if shared is None else shared.own(chunk)
             yield from (frame.to(device, self._dtype).permute(0, 2, 3, 1).contiguous() for frame in chunk.unbind(2))
 
     @property
