@@ -139,6 +139,31 @@ def stages_table(rows: list[Row]) -> str:
     return _table([row for row in _latest_video(rows) if row["impl"] == OURS], _VIDEO, numbers)
 
 
+def parallel_table(rows: list[Row]) -> str:
+    """Several GPUs beside one, of what was measured on several."""
+    ours = [row for row in _latest_video(rows) if row["impl"] == OURS]
+    single = {_alike(row): row["s_per_step"] for row in ours if row["gpus"] == 1}
+    several = {_alike(row) for row in ours if row["gpus"] > 1}
+
+    def times_one(row: Row) -> float | None:
+        one = single.get(_alike(row))
+        return None if one is None else one / row["s_per_step"]
+
+    def linear(row: Row) -> str:
+        return "" if (times := times_one(row)) is None else f"{times / row['gpus']:.0%}"
+
+    layout = {"ulysses × ring × branches": lambda row: " × ".join((row.get("layout") or "1x1x1").split("x"))}
+    numbers: Columns = {"s a step": _column("s_per_step"), "times one GPU": lambda row: _number(times_one(row), 2)}
+    numbers |= {"of linear": linear, "VAE decode s": _column("vae_decode_s")}
+    numbers |= {"peak GiB a GPU": _column("peak_allocated_gib", 1)}
+    return _table([row for row in ours if _alike(row) in several], _VIDEO | layout, numbers)
+
+
+def _alike(row: Row) -> tuple[str, ...]:
+    """What rows have in common that differ in their GPUs alone."""
+    return tuple(str(row.get(key)) for key in _WHAT if key not in ("gpus", "layout"))
+
+
 def ops_table(rows: list[Row]) -> str:
     """Each kernel that is no yardstick itself; its rate is what bounds it, bytes or arithmetic."""
 
@@ -162,7 +187,7 @@ def ops_table(rows: list[Row]) -> str:
     return _table([row for row in latest if row["impl"] not in compare.YARDSTICKS], texts, numbers)
 
 
-TABLES = {"forward": forward_table, "stages": stages_table, "ops": ops_table}
+TABLES = {"forward": forward_table, "stages": stages_table, "parallel": parallel_table, "ops": ops_table}
 
 
 def blocks(rows: list[Row], results: Path, readme: Path) -> dict[str, str]:

@@ -66,6 +66,20 @@ def results(tmp_path: Path) -> Path:
     return directory
 
 
+def test_several_gpus_beside_one():
+    alone, other = video_row(), video_row(model="1.3B")
+    two = video_row(gpus=2, layout="1x1x2", s_per_step=4.7, ms_per_forward=2350.0)
+    four = video_row(gpus=4, layout="2x1x2", s_per_step=2.5, ms_per_forward=1250.0)
+    lines = report.parallel_table([alone, other, two, four]).splitlines()
+    assert lines[2:5] == [
+        "| 14B | 540P, 97 frames | sync | 1 | 1 × 1 × 1 | 9.40 | 1.00 | 100% | 1.30 | 32.5 |",
+        "| 14B | 540P, 97 frames | sync | 2 | 1 × 1 × 2 | 4.70 | 2.00 | 100% | 1.30 | 32.5 |",
+        "| 14B | 540P, 97 frames | sync | 4 | 2 × 1 × 2 | 2.50 | 3.76 | 94% | 1.30 | 32.5 |",
+    ]
+    assert report.parallel_table([alone, other]) == report.EMPTY
+    assert "| 2 | 1 × 1 × 2 | 4.70 |  |  |" in report.parallel_table([two])
+
+
 def test_tables_are_made_from_committed_rows(results: Path, capsys: pytest.CaptureFixture):
     rows = report.committed_rows(results)
     assert "draft.jsonl" in capsys.readouterr().err
