@@ -48,9 +48,12 @@ class Pipeline:
     def plan(self, request):
         if error_at_plan: raise error_at_plan
         settings = resolve(request, mode=self.mode, defaults=DEFAULTS, resolution_hint="540P")
-        return Plan(settings=settings, calls=(2, 2), frames=4 * chunks)
+        return Plan(settings=settings, calls=(2, 2), frames=4 * chunks, notes=settings.notes)
 
-    def __call__(self, plan, stream=False, progress=None):
+    def identity(self, plan):
+        return {"seed": plan.settings.seed}
+
+    def __call__(self, plan, stream=False, progress=None, run=None, keep_latents=True):
         assert stream
         loaded.append(plan)
         result = SimpleNamespace(frames=None, latents=[], settings=plan.settings, timings={})

@@ -8,7 +8,7 @@ device.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,14 @@ from .unipc import UniPC
 
 if TYPE_CHECKING:
     from skyreels_fast.dit.model import Context, DiT, Embedded
+
+
+class State(NamedTuple):
+    """A window between two rows: all that the rows from `row` on need, beside the noise generator's own state."""
+
+    row: int
+    latents: Tensor  # [1,16,F,h,w] float32
+    history: tuple[Tensor, ...]  # the solver's: three tensors as the latents; none before the first row
 
 
 @torch.no_grad()
@@ -42,6 +50,8 @@ def denoise(
     blocks: Iterable | None = None,
     attend: Callable[..., Tensor] | None = None,
     on_step: Callable[[int], None] | None = None,
+    state: State | None = None,
+    on_state: Callable[[State], None] | None = None,
 ) -> Tensor:
     """Denoise one window: latents [1,16,F,h,w] float32, noise with the given frames filled in → the same, clean.
 
@@ -58,6 +68,9 @@ def denoise(
     causal_block_size: attention is block-causal over so many frames; None: every frame sees every other.
     blocks, attend: handed to `dit.run_blocks`, when given; `blocks` is iterated anew in each call.
     on_step: called with the row's number when its work has been queued.
+    state: where to go on from, in place of `latents` and the first row; the same bits come out as without the break.
+    on_state: called with each state that can be gone on from, before the row and after the last; its tensors change
+        with the next row. Rows that reuse what an earlier one computed are left out.
 
     Raises ValueError when the schedule's columns are not the latents' frames, or addnoise is out of 0 to 1000 or has no
     generator.
@@ -78,8 +91,14 @@ def denoise(
     dtype = next(dit.parameters()).dtype
     if extra_channels is not None:
         extra_channels = extra_channels.to(dtype)
+    first = 0
+    if state is not None:
+        first, latents = state.row, state.latents.to(latents.device)
+        solver.history = tuple(tensor.to(latents.device) for tensor in state.history)
 
-    for row, (start, stop) in enumerate(schedule.interval):
+    for row, (start, stop) in list(enumerate(schedule.interval))[first:]:
+        if on_state is not None and computed[row]:
+            on_state(State(row, latents, solver.history))
         window = latents[:, :, start:stop]
         if addnoise and start < prefix:
             window = _with_noise(window, prefix - start, addnoise, noise_generator)
@@ -91,6 +110,8 @@ def denoise(
         latents = solver.step(row, velocity, latents)
         if on_step is not None:
             on_step(row)
+    if on_state is not None:
+        on_state(State(len(computed), latents, solver.history))
     return latents
 
 
