@@ -17,8 +17,8 @@ from torch import Tensor
 
 CRF = 10  # imageio's quality 8 of 10
 QUEUED_CHUNKS = 4
-# Fragments make the file playable as it grows; its index waits for the first one, so that an edit list can take back the
-# delay of the B-frames.
+# Fragments make the file playable as it grows. Its index waits for the first of them, so that an edit list can take
+# back the delay of the B-frames.
 _FRAGMENTED = "+frag_keyframe+delay_moov+default_base_moof"
 _PLAIN = "+faststart+negative_cts_offsets"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
@@ -100,8 +101,8 @@ class Flag(NamedTuple):
 FLAGS = {
     "what to show": (
         Flag("prompt", "TEXT", "what the video shows (default: the model's example)"),
-        Flag("prompt_file", "FILE", "prompts over time: a line for each window (the last stays), or lines FRAME: PROMPT "
-             "from that frame on; empty lines and # comments are free", df=True),
+        Flag("prompt_file", "FILE", "prompts over time: a line for each window (the last stays), or FRAME: PROMPT "
+             "lines, each from that frame on; empty lines and # comments are free", df=True),
         Flag("negative_prompt", "TEXT", "what it shall not show (default: the published one)"),
         Flag("prompt_enhancer", None, "first let a language model, Qwen2.5-32B-Instruct, put the prompt into detail"),
         Flag("image", "FILE", "first frame, cropped to the video's shape; a portrait one makes a portrait video"),
@@ -142,6 +143,7 @@ FLAGS = {
         Flag("use_usp", None, "several GPUs for one video (not supported yet)"),
     ),
     "output": (
+        Flag("save_every", "SECONDS", "how often to save a window in progress for --resume (default: 60)"),
         Flag("outdir", "NAME", "save as result/NAME/PROMPT_SEED_TIME.mp4 (default: %(default)s)"),
         Flag("output", "FILE", "save as this .mp4 instead, replacing any; the settings go beside it as .json"),
         Flag("resume", "FOLDER", "go on with the broken-off run that left this NAME.run folder beside its NAME.mp4; "
@@ -160,7 +162,15 @@ def parser(program: str, mode: str) -> Parser:
         epilog=(_DF_EXAMPLES if df else _T2V_EXAMPLES).replace(f"    {PROGRAMS[mode][0]}", f"    {program}"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    kinds = {"N": _whole, "PIXELS": _whole, "X": _real, "RATE": _real, "A,B,...": _reals, "TYPE": _dtype}
+    kinds = {
+        "N": _whole,
+        "PIXELS": _whole,
+        "X": _real,
+        "RATE": _real,
+        "A,B,...": _reals,
+        "TYPE": _dtype,
+        "SECONDS": _seconds,
+    }
     for title, flags in FLAGS.items():
         group = made.add_argument_group(title)
         for flag in flags:
@@ -204,8 +214,8 @@ def check_together(args: argparse.Namespace) -> None:
     """Raises UsageError for flags that exclude each other."""
     check_usp(args)
     if args.prompt_enhancer and getattr(args, "prompt_file", None):
-        raise UsageError("--prompt_enhancer works on --prompt alone: enhance the lines of --prompt_file beforehand with "
-                         "python -m skyreels_fast.enhance")  # fmt: skip
+        raise UsageError("--prompt_enhancer works on --prompt alone: enhance the lines of --prompt_file beforehand "
+                         "with python -m skyreels_fast.enhance")  # fmt: skip
     if args.resume and args.output:
         raise UsageError("--resume goes on with the run's own video: leave out --output")
 
@@ -249,6 +259,13 @@ _whole, _real = _number(int), _number(float)
 def _reals(text: str) -> Any:
     values = tuple(_real(item.strip()) for item in text.split(","))
     return text if any(isinstance(value, str) for value in values) else values
+
+
+def _seconds(text: str) -> float:
+    value = _real(text)
+    if isinstance(value, str) or not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of seconds, 0 or more")
+    return value
 
 
 def _dtype(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What --resume needs: where a run's folder lies, what to keep there of the command line, and how to come back to it."""
+"""What --resume needs: where a run's folder lies, what it keeps of the command line, and how to come back to it."""
 
 from __future__ import annotations
 
@@ -25,10 +25,8 @@ def check_no_run(video: Path) -> None:
     """Raises UsageError where a run to the same file was broken off and has something to go on from."""
     folder = run_directory(video)
     if any(folder.glob("*.safetensors")):
-        raise UsageError(
-            f"--output {str(video)!r}: an unfinished run lies in {folder}: go on with --resume {shlex.quote(str(folder))}, "
-            "or delete it"
-        )
+        how = f"go on with --resume {shlex.quote(str(folder))}, or delete that folder"
+        raise UsageError(f"--output {str(video)!r}: an unfinished run lies beside it: {how}")
 
 
 def begun_with(program: str, mode: str, video: Path, flags: Mapping[str, Any], made_with: Mapping) -> dict[str, Any]:

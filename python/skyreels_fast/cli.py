@@ -142,7 +142,9 @@ def _open(program: str, mode: str, args: argparse.Namespace, request: Request) -
         record["original_prompt"] = original
     path = Path(args.output) if args.output else name
     film = Film(path, settings.fps, settings.height, settings.width, run_directory(path))
-    job = _Job(program, pipe, plan, path, Record(path, record), film, Run(run_directory(path), film))
+    every_s = {} if args.save_every is None else {"every_s": args.save_every}
+    run = Run(run_directory(path), film, **every_s)
+    job = _Job(program, pipe, plan, path, Record(path, record), film, run)
     made_with = {"torch": record["versions"]["torch"], "device": record["device"]}
     begun = begun_with(program, mode, path, repeated_flags(args, settings), made_with)
     try:

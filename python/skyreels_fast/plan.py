@@ -91,10 +91,10 @@ class Plan:
     def describe(self) -> str:
         settings, branches = self.settings, 1 + self.guided
         latents = ", ".join(str(count) for count in dict.fromkeys(window.latents for window in self.windows))
-        texts = len(set(self.prompts))
+        texts = _count(len(set(self.prompts)), "prompt") + ", " if settings.prompts else ""
         return (
             f"{settings.mode.upper()} {settings.width}x{settings.height}: {_count(len(self.windows), 'window')} of "
-            f"{latents} latent frames, {_count(settings.inference_steps, 'step')}, "
+            f"{latents} latent frames, {_count(settings.inference_steps, 'step')}, {texts}"
             f"{_count(branches * sum(self.calls), 'model call')}, "
             f"{_count(self.frames, 'frame')} out ({self.frames / settings.fps:.1f} s at {settings.fps:g} fps)"
         )

@@ -37,9 +37,7 @@ def read_prompts(path: str | os.PathLike) -> Prompts:
     for (number, _), match in zip(numbered, timed, strict=True):
         if match is None:
             first = next(n for (n, _), other in zip(numbered, timed, strict=True) if other)
-            raise _error(
-                path, f"line {number} has no frame, line {first} has one: write FRAME: PROMPT in all or in none"
-            )
+            raise _error(path, f"line {number} has no frame, line {first} has: write FRAME: PROMPT in all or in none")
         fault = _fault([*found, (int(match[1]), match[2])])
         if fault:
             raise _error(path, f"line {number}: {fault}")
@@ -73,8 +71,9 @@ def window_prompts(prompts: Prompts, windows: Sequence[Window], source_frames: i
     """
     if isinstance(prompts[0], str):
         if len(prompts) > len(windows):
-            fix = f"{_count(len(prompts), 'prompt')} for {_count(len(windows), 'window')}: leave out {len(prompts) - len(windows)}"
-            raise RequestError("prompts", None, f"{fix}, or make the video longer")
+            counts = f"{_count(len(prompts), 'prompt')} for {_count(len(windows), 'window')}"
+            fix = f"leave out {len(prompts) - len(windows)}, or make the video longer"
+            raise RequestError("prompts", None, f"{counts}: {fix}")
         return prompts + prompts[-1:] * (len(windows) - len(prompts))
     firsts = first_frames(windows, source_frames)
     total = firsts[-1] + windows[-1].frames
@@ -118,9 +117,7 @@ def _fault(pairs: Sequence[tuple[int, str]]) -> str | None:
     if len(pairs) == 1:
         return None if frame == 0 else f"the first prompt begins at frame {frame}: let it begin at 0"
     before = pairs[-2][0]
-    return (
-        None if frame > before else f"frame {frame} does not come after frame {before}: write them in ascending order"
-    )
+    return None if frame > before else f"frame {frame} is not after {before}: write them in ascending order"
 
 
 def _error(path: str | os.PathLike, fix: str) -> RequestError:

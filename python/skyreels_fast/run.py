@@ -320,9 +320,7 @@ def _difference(directory: Path, name: str, known: Any, new: Any) -> str:
 
 
 def _different_prompts(directory: Path, known: list, new: list) -> str:
-    at = next(
-        (i for i, pair in enumerate(zip(known, new, strict=False)) if pair[0] != pair[1]), min(len(known), len(new))
-    )
+    at = next((i for i, (a, b) in enumerate(zip(known, new, strict=False)) if a != b), min(len(known), len(new)))
     return f"prompts: number {at + 1} differs from that of the run in {directory}; give the same {len(known)} prompts"
 
 
