@@ -162,15 +162,8 @@ def parser(program: str, mode: str) -> Parser:
         epilog=(_DF_EXAMPLES if df else _T2V_EXAMPLES).replace(f"    {PROGRAMS[mode][0]}", f"    {program}"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    kinds = {
-        "N": _whole,
-        "PIXELS": _whole,
-        "X": _real,
-        "RATE": _real,
-        "A,B,...": _reals,
-        "TYPE": _dtype,
-        "SECONDS": _seconds,
-    }
+    kinds = {"N": _whole, "PIXELS": _whole, "X": _real, "RATE": _real, "A,B,...": _reals}
+    kinds |= {"TYPE": _dtype, "SECONDS": _seconds}
     for title, flags in FLAGS.items():
         group = made.add_argument_group(title)
         for flag in flags:

@@ -250,7 +250,8 @@ def _check_together(request: Request, given: dict[str, Any]) -> None:
         raise RequestError("image", given["image"], "a video to extend gives the first frames already: leave one out")
     for name in ("prompt", "context"):
         if "prompts" in given and name in given:
-            raise RequestError("prompts", None, f"stands in place of {name}: give one of the two")
+            fix = f"stands in place of one for all windows: leave it out, or do not give {name}"
+            raise RequestError("prompts", None, fix)
     if request.causal_attention and "end_image" in given:
         fix = "has no effect with causal_attention, whose blocks never see a later frame: leave one out"
         raise RequestError("end_image", given["end_image"], fix)
