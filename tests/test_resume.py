@@ -321,10 +321,7 @@ CHANGES: dict[str, tuple[list[str], str]] = {
     "size": (["--height", "48"], "--height 48: the run in out.run was begun with 32; give the same"),
     "precision": (["--dtype", "bfloat16"], "dtype='bfloat16': the run in out.run was begun with 'float32'"),
     "output": (["--output", "new.mp4"], "leave out --output"),
-    "prompt": (
-        ["--prompt", "a fox"],
-        "--prompt_file: stands in place of one for all windows: leave it out, or do not give --prompt",
-    ),
+    "prompt": (["--prompt", "a fox"], "--prompt_file: stands in place of one for all windows: leave it out, or do not"),
 }
 
 

@@ -89,12 +89,12 @@ def test_teacache_goes_on_from_a_row_that_computes(
     request = replace(ONE_WINDOW, **TEACACHE)
     whole = pipelines["df"](request)
     assert len(block_calls) == 2 * 3  # rows 0, 4 and 7
-    block_calls.clear()
     with pytest.raises(Stop):
         pipelines["df"](request, run=Run(tmp_path / "run", every_s=0), progress=StopAt(step))
+    block_calls.clear()
     result = pipelines["df"](request, run=tmp_path / "run")
     assert torch.equal(result.frames, whole.frames)
-    assert len(block_calls) == {1: 2 * 4, 2: 2 * 4, 3: 2 * 4, 4: 2 * 4, 5: 2 * 4, 6: 2 * 3, 7: 2 * 3}[step]
+    assert len(block_calls) == 2 * (3 if step <= 4 else 2)  # row 0 is not worth saving, row 4 is
 
 
 def test_a_long_window_is_saved_now_and_then(pipelines: dict[str, sf.Pipeline], tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_one_process_at_a_time(pipelines: dict[str, sf.Pipeline], tmp_path: Path
 
 def live_bytes() -> int:
     """Memory of all tensors that Python can reach."""
-    tensors = (item for item in gc.get_objects() if isinstance(item, Tensor))
+    tensors = (item for item in gc.get_objects() if issubclass(type(item), Tensor))
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
@@ -186,7 +186,7 @@ def test_memory_does_not_grow_with_the_video(pipelines: dict[str, sf.Pipeline]) 
     short, *longer = (most_alive(pipelines["df"], frames, keep_latents=False) for frames in (145, 289, 577))
     window_bytes = 16 * 19 * 2 * 2 * 4
     assert all(abs(most - short) < window_bytes for most in longer)
-    assert most_alive(pipelines["df"], 577, keep_latents=True) > short + 6 * window_bytes
+    assert most_alive(pipelines["df"], 289, keep_latents=True) > short + 1.5 * window_bytes
 
 
 def test_the_command_holds_no_latents(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
