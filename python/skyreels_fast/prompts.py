@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,12 +80,7 @@ def window_prompts(prompts: Prompts, windows: Sequence[Window], source_frames: i
     total = firsts[-1] + windows[-1].frames
     if prompts[-1][0] >= total:
         raise RequestError("prompts", None, f"frame {prompts[-1][0]} is past the last frame, {total - 1}: leave it out")
-    chosen, at = [], 0
-    for first in firsts:
-        while at + 1 < len(prompts) and prompts[at + 1][0] <= first:
-            at += 1
-        chosen.append(prompts[at][1])
-    return tuple(chosen)
+    return tuple(prompts[_at(prompts, first)][1] for first in firsts)
 
 
 def unused(prompts: Prompts, windows: Sequence[Window], source_frames: int) -> list[int]:
@@ -92,12 +88,8 @@ def unused(prompts: Prompts, windows: Sequence[Window], source_frames: int) -> l
     if isinstance(prompts[0], str):
         return []
     firsts = first_frames(windows, source_frames)
-    stops = [frame for frame, _ in prompts[1:]] + [firsts[-1] + 1]
-    return [
-        frame
-        for (frame, _), stop in zip(prompts, stops, strict=True)
-        if not any(frame <= first < stop for first in firsts)
-    ]
+    taken = {_at(prompts, first) for first in firsts}
+    return [frame for index, (frame, _) in enumerate(prompts) if index not in taken]
 
 
 def first_frames(windows: Sequence[Window], source_frames: int) -> list[int]:
@@ -107,6 +99,11 @@ def first_frames(windows: Sequence[Window], source_frames: int) -> list[int]:
         firsts.append(frame)
         frame += window.frames
     return firsts
+
+
+def _at(prompts: Sequence[tuple[int, str]], frame: int) -> int:
+    """Which of the prompts holds at a frame."""
+    return bisect_right(prompts, frame, key=lambda prompt: prompt[0]) - 1
 
 
 def _fault(pairs: Sequence[tuple[int, str]]) -> str | None:
