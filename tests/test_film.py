@@ -10,7 +10,9 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 import pytest
+import torch
 
+import skyreels_fast as sf
 from skyreels_fast import media
 from skyreels_fast.film import Film, Mark
 
@@ -144,3 +146,20 @@ def test_a_full_disk_leaves_whole_fragments(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (tmp_path / "out.mp4").stat().st_size == size
     assert len(shown(tmp_path / "out.mp4")) == 36
+
+
+def test_a_source_that_breaks_off_is_told(tmp_path: Path, pipelines: dict[str, sf.Pipeline]) -> None:
+    film = film_in(tmp_path, 12)
+    write(film, 0, 90)
+    film.close()
+    film.make_plain()
+    path = tmp_path / "out.mp4"
+    context = {"context": torch.zeros(4, 64), "negative_context": torch.zeros(4, 64)}
+    request = {"overlap_history": 5, "num_frames": 13, "height": 32, "width": 48, **context}
+    whole = pipelines["df"].plan(sf.Request(video=path, **request))
+    assert (whole.source_frames, whole.notes) == (90, ())
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    broken = pipelines["df"].plan(sf.Request(video=path, **request))
+    assert 5 < broken.source_frames < 60
+    fault = f"is broken off or damaged after {broken.source_frames} of about 90 frames, and is extended from there"
+    assert broken.notes == (f"video={str(path)!r}: {fault}",)

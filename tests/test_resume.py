@@ -303,6 +303,21 @@ def test_a_run_killed_while_it_was_cleared_away_is_finished(broken) -> None:
     assert child.code == 0, child.said
     assert np.array_equal(frames_of("out.mp4"), expected)
     assert not Path("out.run").exists()
+    record = json.loads(Path("out.json").read_text())
+    assert (record["complete"], record["frames"], record["resumed"]) == (True, 29, True)
+
+
+def test_a_run_killed_before_anything_was_saved_gives_way_to_another(unbroken) -> None:
+    words, expected, _ = unbroken(STORY_RUN)
+
+    def kill() -> None:
+        DiT.embed = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+    assert run("df", [*words, "--output", "out.mp4", "--seed", "7"], kill).killed
+    assert Path("out.run/run.json").exists()
+    child = run("df", [*words, "--output", "out.mp4"])
+    assert child.code == 0, child.said
+    assert np.array_equal(frames_of("out.mp4"), expected)
 
 
 def test_the_folder_can_be_moved_with_its_video(broken, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,8 @@ def begun_with(program: str, mode: str, video: Path, flags: Mapping[str, Any], m
     for flag in _FILES:
         if flag in kept and Path(kept[flag]).expanduser().exists():
             kept[flag] = os.path.abspath(os.path.expanduser(kept[flag]))
-    return {"program": program, "mode": mode, "video": video.name, "flags": kept, "made_with": dict(made_with)}
+    how = {"go_on_with": resume_line(program, run_directory(video))}
+    return how | {"mode": mode, "video": video.name, "flags": kept, "made_with": dict(made_with)}
 
 
 def resumed(folder: str, mode: str, parser: Parser, argv: list[str]) -> argparse.Namespace:

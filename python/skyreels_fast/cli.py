@@ -60,6 +60,7 @@ class _Job:
     record: Record
     film: Film
     run: Run
+    resumed: bool
 
 
 def _run(mode: str, argv: list[str] | None) -> int:
@@ -144,7 +145,7 @@ def _open(program: str, mode: str, args: argparse.Namespace, request: Request) -
     film = Film(path, settings.fps, settings.height, settings.width, run_directory(path))
     every_s = {} if args.save_every is None else {"every_s": args.save_every}
     run = Run(run_directory(path), film, **every_s)
-    job = _Job(program, pipe, plan, path, Record(path, record), film, run)
+    job = _Job(program, pipe, plan, path, Record(path, record), film, run, bool(args.resume))
     made_with = {"torch": record["versions"]["torch"], "device": record["device"]}
     begun = begun_with(program, mode, path, repeated_flags(args, settings), made_with)
     try:
@@ -159,15 +160,16 @@ def _begin(job: _Job, begun: dict[str, Any]) -> None:
     """Make the run's folder and the record, or take both up. Raises ValueError for another run's, and OSError."""
     from .film import Mark
 
-    job.run.begin(job.pipe.identity(job.plan), **begun)
+    job.run.begin(job.pipe.identity(job.plan), anew=not job.resumed, **begun)
     for note in notes(job.run.kept["made_with"], begun["made_with"]):
         _say(job.program, f"note: {note}")
-    if job.run.mark and not job.run.finished:
-        if not job.film.go_on(Mark(*job.run.mark)):
+    if job.run.mark:
+        there = job.path.is_file() if job.run.finished else job.film.go_on(Mark(*job.run.mark))
+        if there:
+            print(f"{job.run.mark[1]} of {job.plan.frames} frames are there already", flush=True)
+        else:
             _say(job.program, f"note: {job.path} is not as the run left it, and is made again from what was saved")
             job.run.rewind()
-        else:
-            print(f"{job.film.frames} of {job.plan.frames} frames are there already", flush=True)
     job.record.begin(job.film.frames)
 
 
@@ -191,7 +193,10 @@ def _render(job: _Job) -> int:
         progress.close()
     timings = dict(result.timings if result else {}) | {"total": time.monotonic() - start}
     _handle_signals(signal.SIG_IGN)
-    return _finish(job, code, timings)
+    try:
+        return _finish(job, code, timings)
+    finally:
+        job.run.release()
 
 
 def _finish(job: _Job, code: int, timings: dict[str, float]) -> int:
@@ -207,11 +212,15 @@ def _finish(job: _Job, code: int, timings: dict[str, float]) -> int:
         _say(job.program, "no frame was rendered, no file written")
         return _break_off(job, code or 1)
     # What ffmpeg was given need not have reached the file. Never more, should an older file have withstood.
-    frames = min(job.film.frames, playable_frames(job.path)) if code else job.film.frames
-    if not code:
+    frames = job.plan.frames if job.run.finished else job.film.frames
+    if code:
+        frames = min(frames, playable_frames(job.path))
+    else:
         _make_plain(job)
     try:
-        job.record.write(code == 0 and frames == job.plan.frames, frames, timings_s=timings)
+        # The timings of a resumed run are those of its last part.
+        more = {"timings_s": timings} | ({"resumed": True} if job.resumed else {})
+        job.record.write(code == 0 and frames == job.plan.frames, frames, **more)
     except OSError as error:
         _say(job.program, f"the settings could not be saved beside the video: {_one_line(error)}")
     if code:
@@ -238,7 +247,6 @@ def _break_off(job: _Job, code: int) -> int:
     """Say how to go on, or leave no folder and, without a video, no record where there is nothing to go on from."""
     if job.run.has_something:
         _say(job.program, f"go on with: {resume_line(job.program, job.run.directory)}")
-        job.run.release()
         return code
     with contextlib.suppress(OSError):
         job.run.remove()

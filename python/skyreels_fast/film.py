@@ -19,8 +19,7 @@ from torch import Tensor
 from ._durable import sync_folder
 from ._encoder import VideoError, VideoWriter, frame_rate, make_plain
 
-_TAKE = "take.mp4"
-_PLAIN = "plain.mp4"
+PARTS = _TAKE, _PLAIN = "take.mp4", "plain.mp4"  # what a film has in its folder for a while
 
 
 class Mark(NamedTuple):

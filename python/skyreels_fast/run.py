@@ -27,6 +27,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ._durable import write_json, write_whole
+from .film import PARTS
 from .sampling.denoise import State
 
 if TYPE_CHECKING:
@@ -79,8 +80,10 @@ class Run:
         self._generators: tuple[torch.Generator, ...] = ()
         self._lock: IO[str] | None = None
 
-    def begin(self, identity: Mapping[str, Any], **more: Any) -> None:
+    def begin(self, identity: Mapping[str, Any], anew: bool = False, **more: Any) -> None:
         """Take up the directory's run, or make it and begin one; `more` is kept in run.json.
+
+        anew: begin one, too, where the run there has saved nothing yet.
 
         Raises RunError where the run there is another one, or another process is at it.
         """
@@ -91,8 +94,10 @@ class Run:
             self._take_lock()
             for name in filter(_UNFINISHED.fullmatch, os.listdir(self.directory)):
                 (self.directory / name).unlink()
+            if anew and not self.has_something:
+                (self.directory / _MANIFEST).unlink(missing_ok=True)
             if not (self.directory / _MANIFEST).exists():
-                if os.listdir(self.directory) != [_LOCK]:
+                if {*os.listdir(self.directory)} - {_LOCK, *PARTS}:
                     raise RunError(f"{self.directory} holds other files and no run: choose another folder")
                 self._manifest = {"format": FORMAT, "identity": dict(identity), "windows": 0, "mark": None, **more}
                 self._write()
@@ -132,7 +137,7 @@ class Run:
 
     def rewind(self) -> None:
         """What the outlet had is lost: put all windows out again, from their latents where these are there."""
-        self._manifest |= {"windows": 0, "mark": None}
+        self._manifest |= {"windows": 0, "mark": None, "finished": False}
         self.windows = 0
 
     def attach(self, generators: tuple[torch.Generator, ...], history: History) -> None:
