@@ -4,7 +4,8 @@
     python -m benchmarks.hostmemory --model_id DIRECTORY --frames 257 1457 --base_num_frames 97 --overlap_history 17
 
 Each length runs generate_video_df.py's command in a process of its own; a row holds the peak of that process (its
-resident set, as getrusage tells it; the ffmpeg beside it begins anew with each window). The exit code is 1 where a peak is off the first by more than 5 %.
+resident set, as getrusage tells it; the ffmpeg beside it begins anew with each window). The exit code is 1 where a
+peak is off the first by more than 5 %.
 """
 
 from __future__ import annotations

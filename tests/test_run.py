@@ -143,8 +143,10 @@ def test_another_model_is_refused(pipelines: dict[str, sf.Pipeline], tmp_path: P
 
 def test_a_folder_of_other_things_is_left_alone(pipelines: dict[str, sf.Pipeline], tmp_path: Path) -> None:
     (tmp_path / "photo.png").write_bytes(b"")
+    (tmp_path / ".1.txt").write_text("")
     with pytest.raises(RunError, match="holds other files"):
         pipelines["df"](REQUEST, run=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".1.txt", "photo.png"]
 
 
 def test_one_process_at_a_time(pipelines: dict[str, sf.Pipeline], tmp_path: Path) -> None:

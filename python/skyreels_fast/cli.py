@@ -151,7 +151,8 @@ def _open(program: str, mode: str, args: argparse.Namespace, request: Request) -
     try:
         _begin(job, begun)
     except BaseException:
-        job.run.withdraw()
+        if not job.resumed:
+            job.run.withdraw()
         raise
     return job
 

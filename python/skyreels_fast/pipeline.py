@@ -15,10 +15,11 @@ from .checkpoint import Checkpoint
 from .conditions import Conditions, Contexts, History, image_channels, load_pictures
 from .config import LATENT_CHANNELS, MODES, VAE_STRIDE
 from .dit.model import DiT
+from .identity import identity
 from .placement import Placement
 from .plan import Plan
 from .request import Request, Settings, resolve
-from .run import Run, identity
+from .run import Run
 from .sampling.denoise import denoise
 from .sampling.teacache import TeaCacheSettings
 from .sampling.windows import Window

@@ -1,6 +1,6 @@
 """A run's directory: what a run has got done, as it gets it, so that a broken-off run goes on from there.
 
-    run.json                    what the run is (see `identity`), how to begin it, how many windows are out
+    run.json                    what the run is (see `identity.py`), how to begin it, how many windows are out
     window-00000.safetensors    a window's clean latents and the noise generators' states after it
     steps.safetensors           the window in progress, between two rows of its schedule
     history-00001.safetensors   the frames that the next window begins with, where so many windows are out
@@ -11,8 +11,6 @@ Every file is there whole or not at all; run.json is replaced last, so that it n
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -28,19 +26,17 @@ from torch import Tensor
 
 from ._durable import write_json, write_whole
 from .film import PARTS
+from .identity import difference
 from .sampling.denoise import State
 
 if TYPE_CHECKING:
-    from .checkpoint import Checkpoint
     from .conditions import History
-    from .request import Settings
 
 FORMAT = 1
 SAVE_EVERY_S = 60.0
 _MANIFEST, _STEPS, _LOCK = "run.json", "steps.safetensors", "lock"
 _UNFINISHED = re.compile(r"\.\d+\.\w+")  # what a kill left of a file being written
 _HISTORY = re.compile(r"history-\d+\.safetensors")
-_EDGE_BYTES = 2**20
 
 
 class RunError(ValueError):
@@ -89,21 +85,14 @@ class Run:
         """
         if self.directory is None:
             return
-        if self._manifest is None:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
-            for name in filter(_UNFINISHED.fullmatch, os.listdir(self.directory)):
-                (self.directory / name).unlink()
-            if anew and not self.has_something:
-                (self.directory / _MANIFEST).unlink(missing_ok=True)
-            if not (self.directory / _MANIFEST).exists():
-                if {*os.listdir(self.directory)} - {_LOCK, *PARTS}:
-                    raise RunError(f"{self.directory} holds other files and no run: choose another folder")
-                self._manifest = {"format": FORMAT, "identity": dict(identity), "windows": 0, "mark": None, **more}
-                self._write()
-            self._manifest = read_manifest(self.directory)
-            self.windows = self._manifest["windows"] if self.outlet is not None else 0
-        self._compare(identity)
+        try:
+            if self._manifest is None:
+                self._open({"format": FORMAT, "identity": dict(identity), "windows": 0, "mark": None, **more}, anew)
+            if changed := difference(self._manifest["identity"], identity, self.directory):
+                raise RunError(changed)
+        except BaseException:
+            self.release()
+            raise
 
     @property
     def kept(self) -> dict[str, Any]:
@@ -232,11 +221,20 @@ class Run:
         history = tuple(tensors[name] for name in sorted(tensors) if name.startswith("history."))
         return State(int(metadata["row"]), tensors["latents"], history)
 
-    def _compare(self, identity: Mapping[str, Any]) -> None:
-        known, new = self._manifest["identity"], json.loads(json.dumps(identity))
-        for name in [*known, *(name for name in new if name not in known)]:
-            if known.get(name) != new.get(name):
-                raise RunError(_difference(self.directory, name, known.get(name), new.get(name)))
+    def _open(self, manifest: dict[str, Any], anew: bool) -> None:
+        """Read run.json, or write `manifest` to it where there is none."""
+        folder, path = self.directory, self.directory / _MANIFEST
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = [name for name in os.listdir(folder) if _UNFINISHED.fullmatch(name)]
+        if not path.exists() and {*os.listdir(folder)} - {_LOCK, *PARTS, *unfinished}:
+            raise RunError(f"{folder} holds other files and no run: choose another folder")
+        self._take_lock()
+        for name in unfinished:
+            (folder / name).unlink(missing_ok=True)
+        if not path.exists() or (anew and not self.has_something):
+            write_json(path, manifest)
+        self._manifest = read_manifest(folder)
+        self.windows = self._manifest["windows"] if self.outlet is not None else 0
 
     def _write(self) -> None:
         write_json(self.directory / _MANIFEST, self._manifest)
@@ -271,62 +269,6 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if not known:
         raise RunError(f"{directory / _MANIFEST} is of another version of skyreels_fast: go on with that one")
     return manifest
-
-
-def identity(checkpoint: Checkpoint, settings: Settings, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What decides about a run's frames, as JSON: weights by the edges of their files, inputs by their contents."""
-    values = {f"model file {name}": _edges(path) for name, path in checkpoint.files().items()}
-    for field in dataclasses.fields(settings):
-        if field.name != "notes":
-            values[field.name] = _comparable(field.name, getattr(settings, field.name))
-    return values | {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
-
-
-def _comparable(name: str, value: Any) -> Any:
-    if isinstance(value, Tensor):
-        value = value.detach().cpu().contiguous()
-        return _digest(str((value.dtype, tuple(value.shape))).encode(), value.view(torch.uint8).numpy())
-    if hasattr(value, "__array_interface__"):  # arrays and PIL images
-        import numpy as np
-
-        array = np.ascontiguousarray(value)
-        return _digest(str((array.dtype, array.shape)).encode(), array)
-    if name in ("image", "end_image", "video") and value is not None:
-        return _edges(Path(value))
-    return value
-
-
-def _digest(*parts: Any) -> dict[str, str]:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return {"sha256": digest.hexdigest()}
-
-
-def _edges(path: Path) -> dict[str, Any]:
-    """A file's size and the digest of its first and last MiB: names, shapes and some values of any weights file."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        start = file.read(_EDGE_BYTES)
-        file.seek(max(0, size - _EDGE_BYTES))
-        return {"bytes": size} | _digest(start, file.read())
-
-
-def _difference(directory: Path, name: str, known: Any, new: Any) -> str:
-    if name.startswith("model file "):
-        file = name.removeprefix("model file ")
-        return f"the run in {directory} was begun with another model: its {file} differs; give the same model"
-    if isinstance(known, dict) or isinstance(new, dict):
-        return f"{name}: differs from what the run in {directory} was begun with; give the same"
-    if name == "prompts" and isinstance(known, list) and isinstance(new, list):
-        return _different_prompts(directory, known, new)
-    shown = [repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:77]}..." for value in (known, new)]
-    return f"{name}={shown[1]}: the run in {directory} was begun with {shown[0]}; give the same"
-
-
-def _different_prompts(directory: Path, known: list, new: list) -> str:
-    at = next((i for i, (a, b) in enumerate(zip(known, new, strict=False)) if a != b), min(len(known), len(new)))
-    return f"prompts: number {at + 1} differs from that of the run in {directory}; give the same {len(known)} prompts"
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
