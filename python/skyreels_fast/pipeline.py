@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import media, ops
 from .checkpoint import Checkpoint
-from .conditions import Conditions, History, image_channels, load_pictures
+from .conditions import Conditions, Contexts, History, image_channels, load_pictures
 from .config import LATENT_CHANNELS, MODES, VAE_STRIDE
-from .dit.model import Context, DiT
+from .dit.model import DiT
 from .footprint import GIB, Footprint, check_vram
+from .identity import identity
 from .placement import Placement
 from .plan import Plan
 from .request import Request, Settings, resolve
+from .run import Run
 from .sampling.denoise import denoise
 from .sampling.teacache import TeaCacheSettings
 from .sampling.windows import Window
@@ -31,7 +34,8 @@ class Result:
     """What a run gives.
 
     frames: uint8 [F, H, W, 3], or with stream=True an iterator of such chunks, decoded as they are asked for.
-    latents: one [1, 16, f, h, w] float32 tensor a window, as handed to the VAE; fills up as a stream is read.
+    latents: one [1, 16, f, h, w] float32 tensor a window, as handed to the VAE; fills up as a stream is read, and stays
+        empty with keep_latents=False.
     timings: seconds spent in each stage so far.
     """
 
@@ -113,7 +117,8 @@ class Pipeline:
 
     def plan(self, request: Request) -> Plan:
         """Fill in the model's defaults and lay out the windows; nothing is loaded. Raises ValueError on bad input."""
-        source_frames = media.VideoSource(request.video).frame_count if request.video is not None else 0
+        source = None if request.video is None else media.VideoSource(request.video)
+        source_frames = source.frame_count if source else 0
         checkpoint = self.checkpoint
         settings = resolve(
             request,
@@ -121,6 +126,8 @@ class Pipeline:
             defaults=checkpoint.generation_config,
             resolution_hint=checkpoint.resolution_hint(),
         )
+        if source and (fault := source.break_after(source_frames)):
+            settings = replace(settings, notes=(*settings.notes, f"video={str(request.video)!r}: {fault}"))
         plan = Plan.of(settings, source_frames)
         self.conditions.check(settings, plan.guided)
         self._teacache(settings)
@@ -146,55 +153,77 @@ class Pipeline:
         frames_flag = "--base_num_frames" if plan.settings.mode == "df" else "--num_frames"
         return needs.advice(**how, total=total, free=free, frames_flag=frames_flag)
 
-    def __call__(self, request: Request | Plan, stream: bool = False, progress: Progress | None = None) -> Result:
+    def __call__(
+        self,
+        request: Request | Plan,
+        stream: bool = False,
+        progress: Progress | None = None,
+        run: Run | str | Path | None = None,
+        keep_latents: bool = True,
+    ) -> Result:
         """Render a request, or the plan of one.
 
         Args:
             stream: give `Result.frames` as an iterator of uint8 chunks [n, H, W, 3]; all work happens as it is read.
+            run: a folder to which everything is saved as it is done, and of which nothing that is there is done again:
+                call with the same request and folder after a crash, and the same frames come out. Yours to delete.
+            keep_latents: whether `Result.latents` holds every window's; without it host memory is the same for any
+                length, as long as the stream's chunks are let go.
 
         Raises:
-            ValueError: a bad setting, before any weight is loaded.
+            ValueError: a bad setting, or a run of another request, before any weight is loaded.
         """
         plan = request if isinstance(request, Plan) else self.plan(request)
+        saved = run if isinstance(run, Run) else Run(run)
+        if saved.directory is not None:
+            saved.begin(self.identity(plan))
         result = Result(plan)
-        result.frames = self._render(plan, result, progress or Progress())
+        result.frames = self._render(plan, result, progress or Progress(), saved, keep_latents)
+        if saved is not run:
+            result.frames = saved.released_after(result.frames)
         if not stream:
             result.frames = torch.cat(list(result.frames))
         return result
 
+    def identity(self, plan: Plan) -> dict[str, Any]:
+        """What decides about the frames of a plan on this pipeline, as JSON: see `Run.begin`."""
+        return identity(self.checkpoint, plan.settings, self.device, self.dtype)
+
     @torch.no_grad()
-    def _render(self, plan: Plan, result: Result, progress: Progress) -> Iterator[Tensor]:
+    def _render(self, plan: Plan, result: Result, progress: Progress, run: Run, keep_latents: bool) -> Iterator[Tensor]:
         settings = plan.settings
         clock = Clock(self.device, result.timings, progress)
         pictures = load_pictures(settings)
         with clock("text"):
-            texts = self.conditions.texts(settings, plan.guided)
+            texts = self.conditions.texts(settings, plan.guided, plan.prompts)
         with clock("image"):
             image = self.conditions.image_tokens(settings, pictures)
         with clock("load"):
             dit, vae = self._load()
-        contexts: list[Context] = []
         needs = self.footprint(plan)
+        contexts = Contexts(lambda text: dit.encode_context(text.to(self.device), image))
         noise, condition_noise = (torch.Generator(self.device).manual_seed(settings.seed + i) for i in (0, 1))
         history = History(settings.overlap_history or 0)
+        run.attach((noise, condition_noise), history)
 
-        if settings.video is not None:
+        if settings.video is not None and not run.windows:
             for frames in media.VideoSource(settings.video).fitted(settings.height, settings.width):
                 history.add(media.from_uint8(frames))
                 yield frames
-        for index, window in enumerate(plan.windows):
+        for index, window in list(enumerate(plan.windows))[run.windows :]:
             with clock("encode"), self.placement.use(vae):
                 prefix, end = self._given(vae, window, pictures, history)
                 channels = image_channels(vae, pictures["image"], window.latents) if settings.mode == "i2v" else None
-            progress.window(index, len(plan.windows), plan.calls[index])
+            initial = self._initial(settings, window, prefix, end, noise)
+            state = run.state(index)
+            progress.window(index, len(plan.windows), plan.calls[index] - (state.row if state else 0))
             with clock("denoise"), self.placement.use(dit, beside=needs.beside):
-                contexts = contexts or [dit.encode_context(text.to(self.device), image) for text in texts]
                 latents = denoise(
                     dit,
-                    self._initial(settings, window, prefix, end, noise),
+                    initial,
                     plan.schedules[window],
                     plan.sigmas,
-                    *contexts,
+                    *contexts.of(texts[index]),
                     guidance_scale=settings.guidance_scale,
                     fps=settings.fps,
                     in_place=settings.mode == "df",
@@ -209,14 +238,18 @@ class Pipeline:
                     attend_context=self._attend,
                     past_bytes=self._spare_bytes(needs),
                     on_step=lambda _row: progress.step(),
+                    state=state,
+                    on_state=run.keeper(index, plan.calls[index]),
                 )[:, :, : window.latents]
-            result.latents.append(latents)
+            if keep_latents:
+                result.latents.append(latents)
             with self.placement.use(vae):
                 decoded = media.to_host(_skip(window.drop, vae.decode_stream(latents)), floats=history.limit > 0)
                 for chunk, frames in clock.each("decode", decoded):
                     if chunk is not None:
                         history.add(chunk)  # the next window's beginning is encoded from what was put out
                     yield frames
+            run.put_out(index, history)
 
     def _load(self) -> tuple[DiT, VAE]:
         """The DiT and the VAE, each in its dtype; kept for the next request."""
