@@ -204,9 +204,9 @@ def launch(
     with torch.cuda.device_of(newest):
         _convolution_kernel[(triton.cdiv(rows, blocks["BLOCK_M"]) * tiles,)](
             out, newest, matrix, bias, None if residual is None else residual.contiguous(), fused,
-            *(distances + [0, 0])[:2], taps[0] - 1 - len(frames), rows, height, width, KT=taps[0], KH=taps[1], KW=taps[2], UNIT=_UNIT,
-            CHANNELS=channels, COLUMNS=out_channels, PRECISION="ieee" if newest.dtype == torch.float32 else "tf32",
-            **blocks,
+            *(distances + [0, 0])[:2], taps[0] - 1 - len(frames), rows, height, width,
+            KT=taps[0], KH=taps[1], KW=taps[2], CHANNELS=channels, COLUMNS=out_channels, UNIT=_UNIT,
+            PRECISION="ieee" if newest.dtype == torch.float32 else "tf32", **blocks,
         )  # fmt: skip
     return out if fused is gamma else norm_silu(out, gamma, backend="triton")
 

@@ -5,11 +5,13 @@
 
 frames: the last 1 to KT of them, the oldest first, each [B, H, W, C]; those that are not given are zeros, as are pixels
 outside. weight: [O, C, KT, KH, KW] with odd KH and KW; bias: [O]; residual: [B, H, W, O]. With gamma [O] the result is
-norm_silu(out, gamma). All of one dtype, which the result has. Sums are float32 (float64 where the frames are); on "triton" and "ref" rounded once.
+norm_silu(out, gamma). All of one dtype, which the result has. Sums are float32 (float64 where the frames are); on
+"triton" and "ref" they are rounded once.
 
     triton   an implicit matrix product [B*H*W, KT*KH*KW*C] x [.., O] that reads each frame where it lies; bias and
-             residual are added before the one rounding, and up to O = 192 the norm is taken before it too. C a multiple of 16, KT up to 3. Weights in the memory order of
-             torch.channels_last_3d are read where they lie, others are copied first
+             residual are added before the one rounding, and up to O = 192 the norm is taken before it too. C a multiple
+             of 16, KT up to 3. Weights in the memory order of torch.channels_last_3d are read where they lie, others
+             are copied first
     conv2d   torch's 2D convolution of the frames side by side in the channels: cuDNN's on a GPU
     conv3d   torch's 3D convolution of the stacked frames
     ref      as conv3d, in any math dtype
