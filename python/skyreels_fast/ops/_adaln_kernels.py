@@ -81,16 +81,17 @@ def _row_sums(head, tail, ROWS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.const
 @jit
 def _adaln_kernel(
     residual_out, out, x, residual, gate, scale, shift, weight, bias,
-    x_stride, residual_stride, gate_stride, scale_stride, shift_stride, span, programs, gate_spans, scale_spans, dim, eps,
+    x_stride, residual_stride, gate_stride, scale_stride, shift_stride,
+    span, programs, gate_spans, scale_spans, dim, eps,
     ROWS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, WIDTH: tl.constexpr,
     EVEN: tl.constexpr, FULL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program takes ROWS neighbouring tokens, and their one row of gate, scale and shift; what is None is left out.
 
-    span: as many neighbours share those rows, `programs` take them (EVEN: with ROWS each), and gate_spans and scale_spans
-    of them a row of gate and scale. Triton's blocks are powers of two, and one block over D = 5120 would idle three
-    eighths of its 8192 lanes. So a row is two of them, the largest that fits and one for what is left, 5120 = 4096 +
-    1024, 1536 = 1024 + 512; FULL where those are D. Both stay in registers from the load to the store.
+    span: as many neighbours share those rows, `programs` take them (EVEN: with ROWS each), and gate_spans and
+    scale_spans of them a row of gate and scale. Triton's blocks are powers of two, and one block over D = 5120 would
+    idle three eighths of its 8192 lanes. So a row is two of them, the largest that fits and one for what is left,
+    5120 = 4096 + 1024 and 1536 = 1024 + 512; FULL where those are D. Both stay in registers from load to store.
     """
     group = tl.program_id(0) // programs
     in_span = (tl.program_id(0) - group * programs) * ROWS
@@ -184,13 +185,13 @@ def _launch_triton(
 def _tuning(head: int, *, norm: bool, total: bool) -> tuple[int, int, int, bool]:
     """Tokens and warps of a program, elements to a load, and whether scale and shift are loaded before the sums.
 
-    Four elements to a load give every dtype, and head and tail, one layout: nothing changes threads but in the sums. A
-    thread has 8 elements or 10 of a token where there is no norm; where there is, more, so that few warps meet.
+    Four elements to a load give every dtype, and head and tail, one layout: nothing changes threads but in the sums.
+    Without a norm a thread has 8 elements of a token or 10. With one it has more, so that few warps meet: two tokens,
+    of 24 elements at D = 1536 and 40 at 5120. `total`: whether the norm is of a sum with a residual.
     """
     if not norm:
         return 1, max(1, min(head // 256, 8)), 4, False
-    rows = 2 if total else 4
-    return rows, max(1, min(head // 512, 4 if total else 8)), 4, False
+    return 2, max(1, min(head // 512, 2), head // 1024), 4, False
 
 
 def _launch_cuda(x: Tensor, eps: float, **others: Tensor | None) -> None:
