@@ -20,8 +20,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CHANNEL_MULTIPLE = 16
 MAX_FRAMES = 3
 _ADD_ROWS, _ADD_COLUMNS = 64, 64
-# Output channels of a program, as HEAD + TAIL.
-_SPANS = ((16, 0), (32, 0), (64, 0), (64, 32), (128, 0), (128, 64))
 _UNIT = 16  # elements; whole ones tell Triton that wide loads are aligned
 _MOST_SHARED = 163840  # bytes
 _MANY_PIXELS = 16384  # above, enough large blocks for any GPU
@@ -157,18 +155,22 @@ def add_in_place(out: Tensor, bias: Tensor | None, residual: Tensor | None) -> T
 
 
 def blocks_of(out_channels: int, channels: int, pixels: int) -> dict[str, int | str]:
-    """Block sizes, warps and pipeline stages for a shape."""
-    head, tail = min(_SPANS, key=lambda span: (triton.cdiv(out_channels, sum(span)) * sum(span), -sum(span)))
-    few, narrow = pixels < _MANY_PIXELS, channels == 96
+    """Block sizes, warps and pipeline stages for a shape: the fastest of a sweep on an H200, in bfloat16 at 540P."""
+    depth = next(size for size in (64, 32, 16) if channels % size == 0)
+    if 128 < out_channels <= 192:
+        head, tail = 128, 64
+    else:
+        head, tail = min(128, max(16, triton.next_power_of_2(out_channels))), 0
+    few = pixels < _MANY_PIXELS and out_channels < 256
     return {
-        "BLOCK_M": 64 if few else 256 if head + tail <= 96 else 128,
+        "BLOCK_M": 64 if few else 128 if tail else 256,
         "HEAD": head,
         "TAIL": tail,
-        "BLOCK_K": next(size for size in (64, 32, 16) if channels % size == 0),
-        "GROUP": 3 if narrow else 1,
-        "CACHE": ".ca",
+        "BLOCK_K": depth,
+        "GROUP": 3 if channels == 96 else 1,
+        "CACHE": "",
         "num_warps": 4 if few else 8,
-        "num_stages": 2 if narrow else 4,
+        "num_stages": 3,
     }
 
 
