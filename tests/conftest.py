@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from kernels import poisoned_memory  # noqa: F401
 from safetensors.torch import load_file
 
 import skyreels_fast as sf
+from training.prompts import save_tokenizer
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
@@ -50,3 +52,30 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, sf.Pipeline
         )
         for mode in ("df", "t2v", "i2v")
     }
+
+
+def _random_clip() -> dict[str, torch.Tensor]:
+    """A CLIP tower of the width and token count that I2V takes, two blocks deep."""
+    golden = torch.load(GOLDEN / "clip_tiny.pth", weights_only=True)
+    generator = torch.Generator().manual_seed(0)
+    sizes = {64: 1280, 192: 3840, 256: 320, 17: 257}
+    weights = {}
+    for name, tensor in golden.items():
+        if ".transformer.2." in name or ".transformer.3." in name:
+            continue
+        shape = [sizes.get(size, size) for size in tensor.shape]
+        weights[name] = torch.randn(shape, generator=generator) / math.sqrt(shape[-1])
+    return weights
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The golden models as whole directories: text encoder, tokenizer and, for I2V, an image encoder beside them."""
+    made = {}
+    for mode in ("df", "t2v", "i2v"):
+        directory = golden_directory(mode, tmp_path_factory.mktemp("models") / mode)
+        (directory / "models_t5_umt5-xxl-enc-bf16.pth").write_bytes((GOLDEN / "t5_tiny.pth").read_bytes())
+        save_tokenizer(directory / "google" / "umt5-xxl")
+        made[mode] = directory
+    torch.save(_random_clip(), made["i2v"] / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
+    return made

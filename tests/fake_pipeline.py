@@ -50,12 +50,15 @@ class Pipeline:
     def plan(self, request):
         if error_at_plan: raise error_at_plan
         settings = resolve(request, mode=self.mode, defaults=DEFAULTS, resolution_hint="540P")
-        return Plan(settings=settings, calls=(2, 2), frames=4 * chunks)
+        return Plan(settings=settings, calls=(2, 2), frames=4 * chunks, notes=settings.notes)
 
     def memory_note(self, plan, full=False):
         return "denoising needs about 34.5 GiB" if full or short_of_memory else None
 
-    def __call__(self, plan, stream=False, progress=None):
+    def identity(self, plan):
+        return {"seed": plan.settings.seed}
+
+    def __call__(self, plan, stream=False, progress=None, run=None, keep_latents=True):
         assert stream
         loaded.append(plan)
         result = SimpleNamespace(frames=None, latents=[], settings=plan.settings, timings={})

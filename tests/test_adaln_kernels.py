@@ -8,7 +8,7 @@ from kernels import assert_within_twice, machine_kernels, run_in_interpreter
 from torch import Tensor
 
 from skyreels_fast import ops
-from skyreels_fast.ops import _dispatch, adaln
+from skyreels_fast.ops import _adaln_kernels, _dispatch, adaln
 
 # What each op is called with, in this order.
 NAMES = {
@@ -38,6 +38,8 @@ CASES = [
     ((1, 1, 3, 64), (BF16, FP32, FP32)),  # one frame
     ((2, 3, 1, 129), (BF16, BF16, FP32)),  # a frame a token, an odd size
     ((1, 2, 2, 1536), (BF16, FP32, FP32)),
+    ((1, 4, 5, 96), (BF16, FP32, FP32)),  # tokens of a frame that no power of two divides
+    ((2, 7, 1, 1536), (FP16, BF16, FP32)),  # a frame a token, and whole blocks
     ((2, 1, 2, 1536), (FP16, FP16, FP16)),
     ((1, 2, 2, 1536), (FP32, FP32, BF16)),
     ((1, 3, 1, 5120), (BF16, FP32, FP32)),
@@ -141,12 +143,35 @@ def test_more_tokens_than_run_at_once(dim, op, device, backend):
 
 
 @on_each_kernel
-def test_gate_and_modulation_may_differ_in_their_frames(op, device, backend):
-    t = inputs((2, 6, 1, 40), (FP32, FP32, FP32), device)
-    t |= {"gate": t["gate"][:, :2], "scale": t["scale"][:, ::2], "shift": t["shift"][:, ::2]}
+@pytest.mark.parametrize(("gates", "scales"), [(2, 3), (6, 1), (1, 6), (2, 30), (30, 3), (30, 30)])
+def test_gate_and_modulation_may_differ_in_their_frames(gates, scales, op, device, backend, poisoned_memory):
+    t = inputs((2, 30, 1, 40), (FP32, FP32, FP32), device)
+    t |= {"gate": t["gate"][:, :gates], "scale": t["scale"][:, :scales], "shift": t["shift"][:, -scales:]}
     args = arguments(op, t, "gate and modulation")
     for actual, expected in zip(call(op, args, backend), reference(op, args, FP32), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("op", "device", "backend"), [case for case in op_kernels() if case.values[2] == "triton"])
+@pytest.mark.parametrize(("per_frame", "rows"), [(1, 8), (3, 2), (5, 4), (8, 4), (13, 8)])
+def test_any_number_of_tokens_to_a_program(per_frame, rows, op, device, backend, poisoned_memory, monkeypatch):
+    """None is left out or given another frame's rows, and nothing past the last one is read or written."""
+    monkeypatch.setattr(_adaln_kernels, "_tuning", lambda *_, **__: (rows, 2, 4, rows == 4))
+    empty, margin = torch.empty, 16 * 40
+
+    def padded(shape: torch.Size, **how: object) -> Tensor:
+        memory = empty(shape.numel() + margin, **how).fill_(7)
+        return memory[: shape.numel()].view(shape)
+
+    monkeypatch.setattr(_adaln_kernels, "_like", lambda x, dtype: padded(x.shape, dtype=dtype, device=x.device))
+    t = inputs((1, 3, per_frame, 40), (FP32, FP32, FP32), device)
+    t |= {name: torch.cat([t[name], torch.full_like(t[name], torch.nan)], 1) for name in ("x", "residual")}
+    t |= {name: t[name][:, : 3 * per_frame] for name in ("x", "residual")}
+    args = arguments(op, t)
+    for actual, expected in zip(call(op, args, backend), reference(op, args, FP32), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+        past = actual.new_empty(0).set_(actual.untyped_storage())[actual.numel() :]
+        assert past.numel() == margin and (past == 7).all()
 
 
 @on_each_kernel

@@ -185,3 +185,25 @@ def test_every_way_to_convolve_is_timed_once_it_is_right(monkeypatch: pytest.Mon
     monkeypatch.setattr(vae_layers, "causal_conv3d", lambda frames, *_args, **_options: torch.zeros_like(frames[0]))
     refused = {row["impl"] for row in vae_layers.rows_of((1, 2), torch.float32, CPU) if "refused" in row}
     assert refused == {"op, triton", "op, conv2d", "op, conv3d"}
+
+
+def test_host_memory_that_grows_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import hostmemory
+
+    peaks = {"145": 1000.0, "289": 1040.0, "577": 1070.0}
+    asked: list[str] = []
+
+    def run(words: list[str]) -> dict[str, float]:
+        asked.extend(words)
+        return {"peak_host_mib": peaks[words[-1]], "seconds": 1.0}
+
+    monkeypatch.setattr(hostmemory, "run", run)
+    out = tmp_path / "rows.jsonl"
+    assert hostmemory.main(["--frames", "145", "289", "--out", str(out)]) == 0
+    assert hostmemory.main(["--frames", "145", "577", "--out", str(out)]) == 1
+    rows = harness.read(out)
+    assert [(row["bench"], row["frames"], row["peak_host_mib"]) for row in rows[:2]] == [
+        ("hostmemory", 145, 1000.0),
+        ("hostmemory", 289, 1040.0),
+    ]
+    assert "--overlap_history" in asked

@@ -17,7 +17,7 @@ on_each_kernel = pytest.mark.parametrize(
     ("device", "backend"), [case for case in machine_kernels() if case.values[1] == "triton"]
 )
 EVERYWHERE = ("conv2d", "conv3d", "ref")
-# (B, H, W, C), (O, KT, KH, KW), frames given, residual
+# (B, H, W, C), (O, KT, KH, KW), frames given, residual and norm
 CASES = [
     ((1, 5, 7, 32), (96, 3, 3, 3), 3, True),
     ((2, 3, 4, 96), (96, 3, 3, 3), 2, False),
@@ -25,13 +25,14 @@ CASES = [
     ((1, 3, 3, 64), (192, 3, 3, 3), 1, True),
     ((1, 6, 5, 48), (9, 1, 3, 3), 1, False),
     ((1, 1, 1, 16), (1, 3, 3, 3), 3, True),
+    ((1, 2, 3, 16), (384, 1, 1, 1), 1, True),  # more channels than a program's, and a norm of them all
     ((1, 9, 17, 32), (200, 2, 3, 3), 2, True),  # several blocks of pixels, the last one in part; channels too
 ]
 
 
 def inputs(
-    shape: tuple[int, ...], taps: tuple[int, ...], count: int, residual: bool, dtype: torch.dtype, device: str = "cpu"
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor | None]:
+    shape: tuple[int, ...], taps: tuple[int, ...], count: int, full: bool, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor | None, Tensor | None]:
     generator = torch.Generator().manual_seed(sum(shape))
 
     def draw(*size: int) -> Tensor:
@@ -40,17 +41,27 @@ def inputs(
     frames = [draw(*shape) for _ in range(count)]
     out, *kernel = taps
     weight = draw(out, shape[3], *kernel) * (shape[3] * kernel[0]) ** -0.5 / kernel[1]
-    return frames, weight, draw(out), draw(*shape[:3], out) if residual else None
+    return frames, weight, draw(out), *((draw(*shape[:3], out), draw(out) + 1) if full else (None, None))
 
 
-def convolved(frames: list[Tensor], weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+def convolved(
+    frames: list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    gamma: Tensor | None = None,
+) -> Tensor:
     """The whole video, padded with zeros in the past, convolved in float64; its last frame."""
     video = torch.stack(frames, dim=2).double().permute(0, 4, 2, 1, 3)  # [B, C, T, H, W]
     height, width = weight.shape[3] // 2, weight.shape[4] // 2
     video = functional.pad(video, (width, width, height, height, weight.shape[2] - 1, 0))
     out = functional.conv3d(video, weight.double(), None if bias is None else bias.double())[:, :, -1]
     out = out.permute(0, 2, 3, 1)
-    return out if residual is None else out + residual.double()
+    out = out if residual is None else out + residual.double()
+    if gamma is None:
+        return out
+    normal = out / out.square().mean(-1, keepdim=True).sqrt() * gamma.double()
+    return normal * normal.sigmoid()
 
 
 @pytest.mark.parametrize("backend", EVERYWHERE)
@@ -66,8 +77,8 @@ def test_it_is_the_last_frame_of_a_padded_convolution(case: tuple, backend: str)
 
 @pytest.mark.parametrize("backend", EVERYWHERE)
 def test_bias_may_be_left_out_and_gradients_flow(backend: str) -> None:
-    frames, weight, _, residual = inputs((1, 2, 3, 4), (5, 3, 3, 3), 2, True, torch.float64)
-    assert rel_l2(ops.causal_conv3d(frames, weight, backend=backend), convolved(frames, weight, None, None)) < 1e-14
+    frames, weight, _, residual, _ = inputs((1, 2, 3, 4), (5, 3, 3, 3), 2, True, torch.float64)
+    assert rel_l2(ops.causal_conv3d(frames, weight, backend=backend), convolved(frames, weight)) < 1e-14
 
     def of(first: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
         return ops.causal_conv3d([first, frames[1]], weight, None, residual, backend=backend)
@@ -89,6 +100,7 @@ def test_cost() -> None:
         ({"weight": torch.ones(5, 4, 3, 2, 3)}, r"odd KH and KW, not \[5, 4, 3, 2, 3\]"),
         ({"weight": torch.ones(5, 8, 3, 3, 3)}, r"with C = 8, all alike, not \[1, 2, 3, 4\]"),
         ({"bias": torch.ones(4)}, r"bias must be \[O\] = \[5\], not \[4\]"),
+        ({"gamma": torch.ones(1)}, r"gamma must be \[O\] = \[5\], not \[1\]"),
         ({"residual": torch.ones(1, 2, 3, 4)}, r"residual must be \[1, 2, 3, 5\], not \[1, 2, 3, 4\]"),
         ({"bias": torch.ones(5).double()}, r"one dtype, not torch.float32 and torch.float64"),
         ({"backend": "cudnn"}, r"'cudnn' is not one of triton, conv2d, conv3d, ref"),
@@ -101,9 +113,11 @@ def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
         ops.causal_conv3d([torch.ones(1, 2, 3, 4)] * args.pop("frames"), **args)
 
 
+# Triton's interpreter has no products of bfloat16; the test on a GPU below has.
 @on_each_kernel
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)  # Triton's interpreter has no bfloat16 dot
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "dtype"), [*((case, torch.float16) for case in CASES), (CASES[0], torch.float32)], ids=str
+)
 def test_twice_rule(case, dtype, device, backend, poisoned_memory):
     args = inputs(*case, dtype, device)
     actual = ops.causal_conv3d(*args, backend=backend)
@@ -113,7 +127,7 @@ def test_twice_rule(case, dtype, device, backend, poisoned_memory):
 
 @on_each_kernel
 def test_layouts_are_free(device, backend):
-    frames, weight, bias, residual = inputs((2, 3, 4, 32), (16, 3, 3, 3), 3, True, torch.float32, device)
+    frames, weight, bias, residual, _ = inputs((2, 3, 4, 32), (16, 3, 3, 3), 3, True, torch.float32, device)
     expected = ops.causal_conv3d(frames, weight, bias, residual, backend=backend)
     last = weight.contiguous(memory_format=torch.channels_last_3d)
     # Frames that are views, that start at odd places, and that lie in the wrong order.
@@ -127,10 +141,10 @@ def test_layouts_are_free(device, backend):
 
 @on_each_kernel
 def test_registered_and_compiled(device, backend):
-    frames, weight, bias, residual = inputs((1, 3, 4, 16), (16, 3, 3, 3), 2, True, torch.float32, device)
+    frames, weight, bias, residual, gamma = inputs((1, 3, 4, 16), (16, 3, 3, 3), 2, True, torch.float32, device)
     operator = torch.ops.skyreels_fast.causal_conv3d.default
-    torch.library.opcheck(operator, (frames, weight, bias, residual))
-    torch.library.opcheck(operator, (frames, weight, None, None), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(operator, (frames, weight, bias, residual, gamma))
+    torch.library.opcheck(operator, (frames, weight, None, None, None), test_utils=("test_schema", "test_faketensor"))
 
     def function(a: Tensor, b: Tensor) -> Tensor:
         return ops.causal_conv3d([a, b], weight, bias, backend=backend)
@@ -162,7 +176,7 @@ def test_the_published_widths_on_a_gpu(widths, backend):
     args = inputs(*case, torch.bfloat16, "cuda")
     actual = ops.causal_conv3d(*args, backend=backend)
     assert actual.dtype == torch.bfloat16
-    assert rel_l2(actual, convolved(*args)) < 4e-3
+    assert rel_l2(actual, convolved(*args)) < 6e-3
 
 
 @pytest.mark.skipif(_dispatch.triton is None, reason="Triton is not installed")

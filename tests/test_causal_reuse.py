@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from conftest import rel_l2
@@ -95,6 +97,14 @@ def test_given_frames_are_computed_once(dit: DiT, computed: list[int]) -> None:
     computed.clear()
     render(dit, schedule, 2, prefix=2, addnoise=20)
     assert computed[::2] == [6, 6, 6, 6]
+
+
+def test_states_to_go_on_from_need_no_kept_keys(dit: DiT) -> None:
+    schedule, block, states = schedule_of(8, ar_step=2, block=2), 2, []
+    whole = render(dit, schedule, block, on_state=lambda state: states.append(copy.deepcopy(state)))
+    kept_from = next(row for row, span in enumerate(causal_spans(schedule, block, keep=True)) if span.start)
+    assert [state.row for state in states] == [*range(kept_from), len(schedule.interval)]
+    assert torch.equal(render(dit, schedule, block, state=states[-2]), whole)
 
 
 def test_spans_cover_what_is_updated() -> None:

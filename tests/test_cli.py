@@ -273,7 +273,7 @@ def test_a_killed_run_leaves_no_older_record(tmp_path):
 def test_the_record_is_there_while_rendering_and_goes_back_if_nothing_comes_of_it(fake, monkeypatch):
     seen = []
 
-    def call(self, plan, stream=False, progress=None):
+    def call(self, plan, **options):
         seen.append(sidecar(Path("folder/out.mp4")))
         raise RuntimeError("kernel went away")
 

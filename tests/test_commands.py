@@ -3,49 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
 import pytest
-import torch
 from conftest import GOLDEN, golden_directory
 
 from skyreels_fast import cli, media
 from skyreels_fast.checkpoint import Checkpoint
-from training.prompts import save_tokenizer
 
 SIZE = ["--height", "48", "--width", "64"]
 QUICK = ["--device", "cpu", "--inference_steps", "2", "--seed", "1", "--prompt", "a red circle"]
 COMMANDS = {"generate_video_df": cli.generate_video_df, "generate_video": cli.generate_video}
-
-
-def _random_clip() -> dict[str, torch.Tensor]:
-    """A CLIP tower of the width and token count that I2V takes, two blocks deep."""
-    golden = torch.load(GOLDEN / "clip_tiny.pth", weights_only=True)
-    generator = torch.Generator().manual_seed(0)
-    sizes = {64: 1280, 192: 3840, 256: 320, 17: 257}
-    weights = {}
-    for name, tensor in golden.items():
-        if ".transformer.2." in name or ".transformer.3." in name:
-            continue
-        shape = [sizes.get(size, size) for size in tensor.shape]
-        weights[name] = torch.randn(shape, generator=generator) / math.sqrt(shape[-1])
-    return weights
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The golden models as whole directories: text encoder, tokenizer and, for I2V, an image encoder beside them."""
-    made = {}
-    for mode in ("df", "t2v", "i2v"):
-        directory = golden_directory(mode, tmp_path_factory.mktemp("models") / mode)
-        (directory / "models_t5_umt5-xxl-enc-bf16.pth").write_bytes((GOLDEN / "t5_tiny.pth").read_bytes())
-        save_tokenizer(directory / "google" / "umt5-xxl")
-        made[mode] = directory
-    torch.save(_random_clip(), made["i2v"] / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
-    return made
 
 
 @pytest.fixture

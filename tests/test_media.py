@@ -176,7 +176,7 @@ def test_the_file_is_h264_yuv420p_and_starts_at_zero(tmp_path):
     [(24, 24), (12.5, Fraction(25, 2)), (29.97, Fraction(30000, 1001)), (23.976, Fraction(24000, 1001))],
 )
 def test_frame_rates_are_exact(fps, rate):
-    assert _encoder._frame_rate(fps) == rate
+    assert _encoder.frame_rate(fps) == rate
 
 
 def test_the_writer_refuses_other_frames(tmp_path):

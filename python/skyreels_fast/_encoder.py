@@ -17,10 +17,10 @@ from torch import Tensor
 
 CRF = 10  # imageio's quality 8 of 10
 QUEUED_CHUNKS = 4
-# Fragments make the file playable as it grows; newer ffmpeg turns it into a plain MP4 when it is closed. Without
-# negative offsets the first frame would be shown late, by the B-frames' delay.
-_PLAIN_WHEN_CLOSED = "+hybrid_fragmented+negative_cts_offsets"
-_FRAGMENTED = "+frag_keyframe+empty_moov+default_base_moof+negative_cts_offsets"
+# Fragments make the file playable as it grows. Its index waits for the first of them, so that an edit list can take
+# back the delay of the B-frames.
+_FRAGMENTED = "+frag_keyframe+delay_moov+default_base_moof"
+_PLAIN = "+faststart+negative_cts_offsets"
 
 
 class VideoError(RuntimeError):
@@ -123,21 +123,25 @@ def check_encoder() -> str:
     return program
 
 
-@lru_cache
-def _movflags(program: str) -> str:
-    known = subprocess.run([program, "-v", "error", "-h", "muxer=mp4"], stdin=subprocess.DEVNULL, capture_output=True)
-    return _PLAIN_WHEN_CLOSED if b"hybrid_fragmented" in known.stdout else _FRAGMENTED
+def make_plain(source: Path, target: Path) -> None:
+    """Copy an MP4 of fragments, picture by picture as it is, into one with a single index. VideoError if that fails."""
+    command = [check_encoder(), "-y", "-v", "error", "-i", f"file:{source.absolute()}", "-c", "copy"]
+    command += ["-movflags", _PLAIN, "-f", "mp4", f"file:{target.absolute()}"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, start_new_session=True)
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        raise VideoError(f"ffmpeg stopped writing {target}: {said[-1] if said else f'exit code {done.returncode}'}")
 
 
 def _command(path: Path, fps: float, height: int, width: int) -> list[str]:
-    program, rate = check_encoder(), _frame_rate(fps)
+    program, rate = check_encoder(), frame_rate(fps)
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(rate), "-i", "pipe:0"]
     codec = ["-an", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", str(CRF), "-g", str(max(1, round(fps)))]
-    container = ["-movflags", _movflags(program), "-flush_packets", "1", "-f", "mp4", f"file:{path.absolute()}"]
+    container = ["-movflags", _FRAGMENTED, "-flush_packets", "1", "-f", "mp4", f"file:{path.absolute()}"]
     return [program, "-y", "-v", "error", *source, *codec, *container]
 
 
-def _frame_rate(fps: float) -> Fraction:
+def frame_rate(fps: float) -> Fraction:
     """The exact rate behind a rounded one: 29.97 is 30000/1001."""
     ntsc = Fraction(round(fps * 1.001) * 1000, 1001)
     if fps != round(fps) and abs(ntsc - Fraction(fps)) < Fraction(1, 100):

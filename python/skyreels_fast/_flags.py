@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import os
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 from ._values import UsageError
+from .prompts import read_prompts
 from .request import Request
 
 FIELDS = {field.name: field.name for field in dataclasses.fields(Request) if field.init}
@@ -18,7 +20,7 @@ FIELDS = {field.name: field.name for field in dataclasses.fields(Request) if fie
 PROGRAMS = {"df": ("generate_video_df.py", "skyreels-fast-df"), "t2v": ("generate_video.py", "skyreels-fast")}
 _SCRIPTS = tuple(names[1] for names in PROGRAMS.values())
 DTYPES = ("bfloat16", "float16", "float32")
-FIELDS["video"] = "video_path"  # field of a Request: flag, where they differ
+FIELDS |= {"video": "video_path", "prompts": "prompt_file"}  # field of a Request: flag, where they differ
 # Fields inside a message: with a value, with a name that is no English word, or where the message asks for them.
 _FLAGGED = [name for name in FIELDS if name not in ("context", "negative_context", "clip_features")]
 _NAMES = "|".join(sorted(_FLAGGED, key=len, reverse=True))
@@ -29,7 +31,8 @@ _MENTION = re.compile(
     rf"|(?P<verb>needs|without|give) (?P<word>{_NAMES})(?![\w/=.-])(?P<more> and width\b)?)"
 )
 
-_ABOUT_USP = ("ulysses_degree", "ring_degree", "cfg_parallel", "no_cfg_parallel")
+# How many work on a run and how: as well another number of them may go on with it.
+ABOUT_USP = ("use_usp", "ulysses_degree", "ring_degree", "cfg_parallel", "no_cfg_parallel")
 
 _DF_EXAMPLES = """examples:
   a try-out with the bundled model, on any machine
@@ -44,6 +47,10 @@ _DF_EXAMPLES = """examples:
     generate_video_df.py --prompt "..." --num_frames 257 --overlap_history 17 --ar_step 5 --causal_block_size 5
   a video, continued
     generate_video_df.py --prompt "..." --video_path in.mp4 --num_frames 121 --overlap_history 17
+  a story: a prompt for each window, from a file with one a line
+    generate_video_df.py --prompt_file story.txt --num_frames 577 --overlap_history 17
+  a run that broke off, continued
+    generate_video_df.py --resume result/diffusion_forcing/NAME.run
   on eight GPUs
     torchrun --nproc_per_node=8 generate_video_df.py --use_usp --seed 42 --prompt "..."
 """
@@ -54,6 +61,8 @@ _T2V_EXAMPLES = """examples:
     generate_video.py --model_id Skywork/SkyReels-V2-I2V-14B-540P --image first.png --guidance_scale 5 --shift 3
   on a GPU that does not hold the model
     generate_video.py --model_id Skywork/SkyReels-V2-T2V-14B-720P --resolution 720P --offload --prompt "..."
+  a run that broke off, continued
+    generate_video.py --resume result/video_out/NAME.run
   on eight GPUs
     torchrun --nproc_per_node=8 generate_video.py --use_usp --seed 42 --prompt "..."
 """
@@ -100,6 +109,8 @@ class Flag(NamedTuple):
 FLAGS = {
     "what to show": (
         Flag("prompt", "TEXT", "what the video shows (default: the model's example)"),
+        Flag("prompt_file", "FILE", "prompts over time: a line for each window (the last stays), or FRAME: PROMPT "
+             "lines, each from that frame on; empty lines and # comments are free", df=True),
         Flag("negative_prompt", "TEXT", "what it shall not show (default: the published one)"),
         Flag("prompt_enhancer", None, "first let a language model, Qwen2.5-32B-Instruct, put the prompt into detail"),
         Flag("image", "FILE", "first frame, cropped to the video's shape; a portrait one makes a portrait video"),
@@ -149,8 +160,11 @@ FLAGS = {
         Flag("no_cfg_parallel", None, "all GPUs for one branch, then for the other"),
     ),
     "output": (
+        Flag("save_every", "SECONDS", "how often to save a window in progress for --resume (default: 60)"),
         Flag("outdir", "NAME", "save as result/NAME/PROMPT_SEED_TIME.mp4 (default: %(default)s)"),
         Flag("output", "FILE", "save as this .mp4 instead, replacing any; the settings go beside it as .json"),
+        Flag("resume", "FOLDER", "go on with the broken-off run that left this NAME.run folder beside its NAME.mp4; "
+             "other flags are as they were"),
     ),
 }  # fmt: skip
 
@@ -165,7 +179,8 @@ def parser(program: str, mode: str) -> Parser:
         epilog=(_DF_EXAMPLES if df else _T2V_EXAMPLES).replace(f"    {PROGRAMS[mode][0]}", f"    {program}"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    kinds = {"N": _whole, "PIXELS": _whole, "X": _real, "RATE": _real, "A,B,...": _reals, "TYPE": _dtype, "GIB": _gib}
+    kinds = {"N": _whole, "PIXELS": _whole, "X": _real, "RATE": _real, "A,B,...": _reals}
+    kinds |= {"TYPE": _dtype, "GIB": _gib, "SECONDS": _seconds}
     for title, flags in FLAGS.items():
         group = made.add_argument_group(title)
         for flag in flags:
@@ -205,9 +220,29 @@ def _as_flag(found: re.Match[str]) -> str:
     return f"{found['verb']} --{FIELDS[found['word']]}{' and --width' if found['more'] else ''}"
 
 
+def check_together(args: argparse.Namespace) -> None:
+    """Raises UsageError for flags that exclude each other."""
+    check_usp(args)
+    if args.prompt_enhancer and getattr(args, "prompt_file", None):
+        raise UsageError("--prompt_enhancer works on --prompt alone: enhance the lines of --prompt_file beforehand "
+                         "with python -m skyreels_fast.enhance")  # fmt: skip
+    if args.resume and args.output:
+        raise UsageError("--resume goes on with the run's own video: leave out --output")
+
+
+def launched(program: str) -> list[str]:
+    """How this program was started: by python or by itself, or by torchrun with as many processes as there are."""
+    here, everywhere = (int(os.environ.get(name, "0")) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    is_script = program.endswith(".py")
+    if not here:
+        return ["python", program] if is_script else [program]
+    hosts = [f"--nnodes={everywhere // here}"] if everywhere > here else []
+    return ["torchrun", *hosts, f"--nproc_per_node={here}", *([] if is_script else ["--no-python"]), program]
+
+
 def check_usp(args: argparse.Namespace) -> None:
     """Raises UsageError where several processes, or the flags about them, do not go with the others."""
-    about = [name for name in _ABOUT_USP if getattr(args, name)]
+    about = [name for name in ABOUT_USP if name != "use_usp" and getattr(args, name)]
     if not args.use_usp:
         if about:
             raise UsageError(f"--{about[0]} needs --use_usp")
@@ -220,7 +255,7 @@ def check_usp(args: argparse.Namespace) -> None:
             raise UsageError(f"--{name} {degree!r}: must be a whole number of 1 or more")
     if args.cfg_parallel and args.no_cfg_parallel:
         raise UsageError("--cfg_parallel and --no_cfg_parallel exclude each other; leave one out")
-    if args.seed is None:
+    if args.seed is None and not args.resume:
         raise UsageError("--use_usp needs --seed: all GPUs must start from the same noise")
     if args.prompt_enhancer:
         raise UsageError("--use_usp and --prompt_enhancer exclude each other: enhance the prompt beforehand with "
@@ -228,11 +263,14 @@ def check_usp(args: argparse.Namespace) -> None:
 
 
 def request_values(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a Request that a command line gives."""
+    """The fields of a Request that a command line gives. Raises RequestError for a prompt file that is wrong."""
     values = {field: getattr(args, flag, None) for field, flag in FIELDS.items()}
     # The reference's own default for "no file" is an empty string.
     absent = {"image": "", "end_image": "", "video": ""}
-    return {name: value for name, value in values.items() if value is not None and absent.get(name) != value}
+    values = {name: value for name, value in values.items() if value is not None and absent.get(name) != value}
+    if "prompts" in values:
+        values["prompts"] = read_prompts(values["prompts"])
+    return values
 
 
 def _number(kind: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -251,6 +289,13 @@ _whole, _real = _number(int), _number(float)
 def _reals(text: str) -> Any:
     values = tuple(_real(item.strip()) for item in text.split(","))
     return text if any(isinstance(value, str) for value in values) else values
+
+
+def _seconds(text: str) -> float:
+    value = _real(text)
+    if isinstance(value, str) or not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of seconds, 0 or more")
+    return value
 
 
 def _dtype(text: str) -> str:

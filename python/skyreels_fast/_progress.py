@@ -47,7 +47,7 @@ class ConsoleProgress(Progress):
         self._interval_s, self._clock = interval_s, clock
         self._stage, self._spoken, self._window = "", set[str](), ""
         self._total, self._done = total, 0
-        self._calls = self._step = self._windows_left = 0
+        self._calls = self._step = self._windows_left = self._windows_seen = 0
         # Seconds: denoised in earlier windows, denoised in all, beside the denoising in an earlier window.
         self._earlier = self._denoised = self._beside = 0.0
         self._start = self._begun = self._last_line = clock()
@@ -71,14 +71,15 @@ class ConsoleProgress(Progress):
 
     def window(self, index: int, count: int, calls: int) -> None:
         self._begun, self._earlier = self._clock(), self._denoised
-        if index == 0:
+        if self._windows_seen == 0:
             self._start = self._begun
         else:
-            self._beside = (self._begun - self._start - self._denoised) / index
+            self._beside = (self._begun - self._start - self._denoised) / self._windows_seen
+        self._windows_seen += 1
         self._stage, self._window = "", f"window {index + 1}/{count}"
         self._calls, self._step, self._windows_left = calls, 0, count - index
         if not self._fancy:
-            self._line(f"{self._window}: {calls} steps")
+            self._line(f"{self._window}: {calls} steps" if calls else f"{self._window}: {STAGES['decode']} ...")
             return
         if not self._bars:
             self._bars = [self._bar(0, calls)] + ([self._bar(1, self._total)] if count > 1 else [])
@@ -115,7 +116,7 @@ class ConsoleProgress(Progress):
 
     def _pace(self, steps: int, whole: bool = True) -> str:
         """Seconds a step, and what `steps` more will take; nothing of that when decoding alone is left."""
-        pace = self._denoised / self._done
+        pace = self._denoised / max(self._done, 1)
         if steps <= 0:
             return f"{pace:.2f} s a step"
         left = pace * steps + (self._beside * self._windows_left if whole else 0.0)

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.metadata
-import json
 import os
 import platform
 import shlex
@@ -14,11 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ._flags import FIELDS
+from ._durable import write_json
+from ._flags import FIELDS, launched
 from .request import Settings
 
 # Not part of what to repeat: where the video went, and what has already become part of the settings.
-_NOT_REPEATED = ("output", "prompt_enhancer")
+_NOT_REPEATED = ("output", "prompt_enhancer", "resume")
 
 
 class Record:
@@ -31,15 +31,14 @@ class Record:
         self._video, self._path = video, video.with_suffix(".json")
         self._values = dict(values)
         self._before: bytes | None = None
-        self._made: list[Path] = []
-
-    def begin(self) -> None:
-        """Make the folders and say that nothing is rendered yet. Raises OSError, with nothing left behind."""
         self._made = [folder for folder in self._path.parents if not folder.exists()]
+
+    def begin(self, frames: int = 0) -> None:
+        """Make the folders and say how much is rendered already. Raises OSError, with nothing left behind."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._before = self._path.read_bytes() if self._path.exists() else None
-            self.write(complete=False, frames=0)
+            self.write(complete=False, frames=frames)
         except OSError:
             self._remove_folders()
             raise
@@ -92,40 +91,23 @@ def describe_run(program: str, args: argparse.Namespace, settings: Settings) -> 
 
 def command_line(program: str, args: argparse.Namespace, settings: Settings) -> str:
     """The command that renders the same video again, every setting spelled out."""
-    fields = {flag: field for field, flag in FIELDS.items()}
-    words = ["python", program] if program.endswith(".py") else [program]
-    if args.use_usp:
-        words = ["torchrun", *_processes(), *_launched(program)]
-    for flag, value in vars(args).items():
-        value = getattr(settings, fields.get(flag, flag), value)
-        unused = flag.startswith(("teacache_", "use_ret")) and not settings.teacache
-        if value is None or value is False or unused or flag in _NOT_REPEATED:
-            continue
+    words = launched(program)
+    for flag, value in repeated_flags(args, settings).items():
         words += [f"--{flag}"] if value is True else _with_value(flag, value)
     return shlex.join(words)
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file whole or not at all. Raises OSError."""
-    unfinished = path.parent / f".{os.getpid()}.json"
-    try:
-        with open(unfinished, "w", encoding="utf-8") as file:
-            json.dump(values, file, ensure_ascii=False, indent=2)
-            file.write("\n")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _processes() -> list[str]:
-    everywhere, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    hosts = [f"--nnodes={everywhere // here}"] if everywhere > here else []
-    return [*hosts, f"--nproc_per_node={here}"]
-
-
-def _launched(program: str) -> list[str]:
-    """How torchrun is told to start `program`: a script, or with --no-python what pip has installed."""
-    return [program] if program.endswith(".py") else ["--no-python", program]
+def repeated_flags(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
+    """The flags and values that render the same video again, every setting spelled out."""
+    fields, flags = {flag: field for field, flag in FIELDS.items()}, {}
+    for flag, value in vars(args).items():
+        if flag != "prompt_file":
+            value = getattr(settings, fields.get(flag, flag), value)
+        unused = flag.startswith(("teacache_", "use_ret")) and not settings.teacache
+        unused = unused or (flag == "prompt" and settings.prompts is not None)
+        if value is not None and value is not False and not unused and flag not in _NOT_REPEATED:
+            flags[flag] = value
+    return flags
 
 
 def _with_value(flag: str, value: Any) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from . import media
 from .checkpoint import Checkpoint
 from .config import VAE_STRIDE
+from .dit.model import Context
 from .encoders.image import ImageEncoder
 from .encoders.text import TextEncoder
 from .placement import Placement
@@ -40,16 +41,23 @@ class Conditions:
         if settings.mode == "i2v" and settings.clip_features is None:
             ImageEncoder.check(self.checkpoint)
 
-    def texts(self, settings: Settings, guided: bool) -> list[Tensor]:
-        """The conditional and, if guided, the unconditional context, each [1, n, text_dim]."""
-        wanted = [(settings.context, settings.prompt)]
-        if guided:
-            wanted.append((settings.negative_context, settings.negative_prompt))
-        unknown = {prompt for context, prompt in wanted if context is None} - self._contexts.keys()
-        if unknown:
-            prompts = [prompt for context, prompt in wanted if context is None]
-            self._contexts = dict(zip(prompts, self._encode(prompts), strict=True))
-        return [(self._contexts[prompt] if context is None else context)[None] for context, prompt in wanted]
+    def texts(self, settings: Settings, guided: bool, prompts: Sequence[str]) -> list[list[Tensor]]:
+        """For each of the prompts the conditional and, if guided, the unconditional context, each [1, n, text_dim].
+
+        They are on the host, one tensor for each distinct text.
+        """
+        wanted = dict.fromkeys(prompts if settings.context is None else ())
+        if guided and settings.negative_context is None:
+            wanted[settings.negative_prompt] = None
+        if wanted.keys() - self._contexts.keys():
+            self._contexts = dict(zip(wanted, self._encode(list(wanted)), strict=True))
+        texts = {prompt: context[None] for prompt, context in self._contexts.items()}
+        own, negative = (
+            None if given is None else given[None] for given in (settings.context, settings.negative_context)
+        )
+        if negative is None:
+            negative = texts.get(settings.negative_prompt)
+        return [[texts[prompt] if own is None else own, *([negative] if guided else [])] for prompt in prompts]
 
     def image_tokens(self, settings: Settings, pictures: dict[str, Tensor]) -> Tensor | None:
         """CLIP tokens [1, 257, 1280] of an I2V request's image."""
@@ -62,7 +70,26 @@ class Conditions:
     def _encode(self, prompts: list[str]) -> list[Tensor]:
         encoder = TextEncoder.load(self.checkpoint, self.dtype, self.placement.encoder_home)
         with self.placement.use(encoder, stay=False):
-            return encoder.encode(prompts)
+            return [context.cpu() for context in encoder.encode(prompts)]
+
+
+class Contexts:
+    """What the DiT makes of the texts in use; what it made of others is let go before more is made.
+
+    encode: text context → the DiT's.
+    """
+
+    def __init__(self, encode: Callable[[Tensor], Context]) -> None:
+        self._encode = encode
+        self._kept: dict[int, tuple[Tensor, Context]] = {}
+
+    def of(self, texts: Sequence[Tensor]) -> list[Context]:
+        """The contexts of one window's texts, in their order."""
+        self._kept = {id(text): self._kept[id(text)] for text in texts if id(text) in self._kept}
+        for text in texts:
+            if id(text) not in self._kept:
+                self._kept[id(text)] = text, self._encode(text)
+        return [self._kept[id(text)][1] for text in texts]
 
 
 class History:
@@ -86,6 +113,10 @@ class History:
 
     def chunks(self) -> Iterator[Tensor]:
         return iter(self._chunks)
+
+    def whole(self) -> Tensor | None:
+        """All that is kept as [1, 3, t, H, W]; None where that is nothing."""
+        return torch.cat(list(self._chunks), dim=2) if self._chunks else None
 
 
 def load_pictures(settings: Settings) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .config import TransformerConfig
-from .dit.block import _FEED_FORWARD_TOKENS
+from .dit.block import FEED_FORWARD_TOKENS
 from .host_memory import GIB
 
 # The CUDA context, the libraries' workspaces, and what the allocator cannot use of what it holds.
@@ -116,7 +116,7 @@ def activation_bytes(
     attention = 7 * tokens * dim * size
     to_context = tokens * dim * (_FLOAT32 + 5 * size)
     norm = tokens * dim * (2 * _FLOAT32 + 3 * size)
-    hidden = min(tokens, _FEED_FORWARD_TOKENS) * config.ffn_dim * size * (1 if size < _FLOAT32 else 2)
+    hidden = min(tokens, FEED_FORWARD_TOKENS) * config.ffn_dim * size * (1 if size < _FLOAT32 else 2)
     feed_forward = tokens * dim * (_FLOAT32 + 3 * size) + hidden
     context_tokens = config.text_len + (_IMAGE_TOKENS if config.model_type == "i2v" else 0)
     keys_values = branches * config.num_layers * 2 * context_tokens * dim * size

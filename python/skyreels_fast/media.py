@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import math
 import os
 import tempfile
 import unicodedata
@@ -127,6 +128,14 @@ class VideoSource:
             meta = video.metadata()
         self.width, self.height = meta["size"]
         self.fps = meta["fps"] or None
+        duration_s = meta.get("duration") or 0.0
+        self._declared = round(duration_s * (self.fps or 0)) if math.isfinite(duration_s) else 0
+
+    def break_after(self, count: int) -> str | None:
+        """What to say where a file that promises many more frames gives only `count`; sound may go on half a second."""
+        if self._path is None or (self._declared - count) <= 0.5 * (self.fps or 0):
+            return None
+        return f"is broken off or damaged after {count} of about {self._declared} frames, and is extended from there"
 
     @property
     def frame_count(self) -> int:

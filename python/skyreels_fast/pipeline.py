@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import media, ops
 from .checkpoint import Checkpoint
-from .conditions import Conditions, History, image_channels, load_pictures
+from .conditions import Conditions, Contexts, History, image_channels, load_pictures
 from .config import LATENT_CHANNELS, MODES, PIXEL_MULTIPLE, VAE_STRIDE
-from .dit.model import Context, DiT
+from .dit.model import DiT
 from .footprint import GIB, Footprint, check_vram
+from .identity import identity
 from .parallel import Degrees, Layout, World, choose_layout, require
 from .parallel import Team as Sharing
 from .placement import Placement
 from .plan import Plan
 from .request import Request, Settings, resolve
-from .sampling.denoise import denoise
+from .run import Run
+from .sampling.denoise import State, denoise
 from .sampling.teacache import TeaCacheSettings
 from .sampling.team import Alone, Team
 from .sampling.windows import Window
@@ -34,7 +37,8 @@ class Result:
     """What a run gives.
 
     frames: uint8 [F, H, W, 3], or with stream=True an iterator of such chunks, decoded as they are asked for.
-    latents: one [1, 16, f, h, w] float32 tensor a window, as handed to the VAE; fills up as a stream is read.
+    latents: one [1, 16, f, h, w] float32 tensor a window, as handed to the VAE; fills up as a stream is read, and stays
+        empty with keep_latents=False.
     timings: seconds spent in each stage so far.
     """
 
@@ -125,7 +129,8 @@ class Pipeline:
 
     def plan(self, request: Request) -> Plan:
         """Fill in the model's defaults and lay out the windows; nothing is loaded. Raises ValueError on bad input."""
-        source_frames = media.VideoSource(request.video).frame_count if request.video is not None else 0
+        source = None if request.video is None else media.VideoSource(request.video)
+        source_frames = source.frame_count if source else 0
         checkpoint = self.checkpoint
         settings = resolve(
             request,
@@ -133,6 +138,8 @@ class Pipeline:
             defaults=checkpoint.generation_config,
             resolution_hint=checkpoint.resolution_hint(),
         )
+        if source and (fault := source.break_after(source_frames)):
+            settings = replace(settings, notes=(*settings.notes, f"video={str(request.video)!r}: {fault}"))
         plan = Plan.of(settings, source_frames)
         self.conditions.check(settings, plan.guided)
         self._teacache(settings)
@@ -140,6 +147,18 @@ class Pipeline:
         if self.vram is not None:
             self.footprint(plan).check(self.vram)
         return plan
+
+    def layout(self, plan: Plan) -> Layout:
+        """Over which processes a plan is spread. Raises ValueError where it does not go as asked."""
+        if self.world is None:
+            return Layout()
+        return choose_layout(
+            self.degrees,
+            self.world.size,
+            heads=self.checkpoint.config.num_heads,
+            guided=plan.guided,
+            tokens_per_frame=_tokens_per_frame(plan),
+        )
 
     def footprint(self, plan: Plan) -> Footprint:
         """What denoising the plan needs of GPU memory, of each GPU if there are several."""
@@ -160,69 +179,82 @@ class Pipeline:
         frames_flag = "--base_num_frames" if plan.settings.mode == "df" else "--num_frames"
         return needs.advice(**how, total=total, free=free, frames_flag=frames_flag)
 
-    def layout(self, plan: Plan) -> Layout:
-        """Over which processes a plan is spread. Raises ValueError where it does not go as asked."""
-        if self.world is None:
-            return Layout()
-        return choose_layout(
-            self.degrees,
-            self.world.size,
-            heads=self.checkpoint.config.num_heads,
-            guided=plan.guided,
-            tokens_per_frame=_tokens_per_frame(plan),
-        )
-
-    def __call__(self, request: Request | Plan, stream: bool = False, progress: Progress | None = None) -> Result:
+    def __call__(
+        self,
+        request: Request | Plan,
+        stream: bool = False,
+        progress: Progress | None = None,
+        run: Run | str | Path | None = None,
+        keep_latents: bool = True,
+    ) -> Result:
         """Render a request, or the plan of one.
 
         Args:
             stream: give `Result.frames` as an iterator of uint8 chunks [n, H, W, 3]; all work happens as it is read.
+            run: a folder to which everything is saved as it is done, and of which nothing that is there is done again:
+                call with the same request and folder after a crash, and the same frames come out. Yours to delete.
+                Of several processes the first one keeps it.
+            keep_latents: whether `Result.latents` holds every window's; without it host memory is the same for any
+                length, as long as the stream's chunks are let go.
 
         Raises:
-            ValueError: a bad setting, before any weight is loaded.
+            ValueError: a bad setting, or a run of another request, before any weight is loaded.
         """
         plan = request if isinstance(request, Plan) else self.plan(request)
+        leads = self.world is None or self.world.leads
+        saved = run if isinstance(run, Run) else Run(run if leads else None)
+        if saved.directory is not None:
+            saved.begin(self.identity(plan))
         result = Result(plan)
-        result.frames = self._render(plan, result, progress or Progress())
+        result.frames = self._render(plan, result, progress or Progress(), saved, keep_latents)
+        if saved is not run:
+            result.frames = saved.released_after(result.frames)
         if not stream:
             none = torch.empty(0, plan.settings.height, plan.settings.width, 3, dtype=torch.uint8)
             result.frames = torch.cat([none, *result.frames])
         return result
 
+    def identity(self, plan: Plan) -> dict[str, Any]:
+        """What decides about the frames of a plan on this pipeline, as JSON: see `Run.begin`."""
+        return identity(self.checkpoint, plan.settings, self.device, self.dtype)
+
     @torch.no_grad()
-    def _render(self, plan: Plan, result: Result, progress: Progress) -> Iterator[Tensor]:
+    def _render(self, plan: Plan, result: Result, progress: Progress, run: Run, keep_latents: bool) -> Iterator[Tensor]:
         settings, team = plan.settings, self._team(plan)
         clock = Clock(self.device, result.timings, progress)
         pictures = load_pictures(settings)
         with clock("text"):
-            texts = team.first(lambda: self.conditions.texts(settings, plan.guided))
+            texts = team.first(lambda: self.conditions.texts(settings, plan.guided, plan.prompts))
         with clock("image"):
             image = team.first(lambda: self.conditions.image_tokens(settings, pictures))
         with clock("load"):
             dit, vae = self._load()
-        contexts: list[Context] = []
         needs = self.footprint(plan)
+        contexts = Contexts(lambda text: dit.encode_context(text.to(self.device), image))
         noise, condition_noise = (torch.Generator(self.device).manual_seed(settings.seed + i) for i in (0, 1))
         history = History(settings.overlap_history or 0)
+        run.attach((noise, condition_noise), history)
+        done = team.agree(run.windows)
 
-        if settings.video is not None and team.leads:
+        if settings.video is not None and not done and team.leads:
             for frames in media.VideoSource(settings.video).fitted(settings.height, settings.width):
                 history.add(media.from_uint8(frames))
                 yield frames
-        for index, window in enumerate(plan.windows):
+        for index, window in list(enumerate(plan.windows))[done:]:
             with clock("encode"):
                 shared = team.rows(settings.height // VAE_STRIDE[1])
                 initial = team.first(partial(self._begin, vae, settings, window, pictures, history, noise))
                 channels = self._channels(vae, settings, window, pictures, team, shared)
-            progress.window(index, len(plan.windows), plan.calls[index])
+            state, noise_state = team.first(partial(_state, run, index, condition_noise))
+            condition_noise.set_state(noise_state)
+            progress.window(index, len(plan.windows), plan.calls[index] - (state.row if state else 0))
             with clock("denoise"), self.placement.use(dit, beside=needs.beside):
-                contexts = contexts or [dit.encode_context(text.to(self.device), image) for text in texts]
                 latents = denoise(
                     dit,
                     initial,
                     plan.schedules[window],
                     plan.sigmas,
-                    *contexts,
+                    *contexts.of(texts[index]),
                     guidance_scale=settings.guidance_scale,
                     fps=settings.fps,
                     in_place=settings.mode == "df",
@@ -238,8 +270,11 @@ class Pipeline:
                     past_bytes=self._spare_bytes(needs, team),
                     team=team,
                     on_step=lambda _row: progress.step(),
+                    state=state,
+                    on_state=run.keeper(index, plan.calls[index]),
                 )[:, :, : window.latents]
-            result.latents.append(latents)
+            if keep_latents:
+                result.latents.append(latents)
             if shared is None and not team.leads:
                 continue
             with self.placement.use(vae):
@@ -249,6 +284,7 @@ class Pipeline:
                     if chunk is not None:
                         history.add(chunk)  # the next window's beginning is encoded from what was put out
                     yield frames
+            run.put_out(index, history)
 
     def _team(self, plan: Plan) -> Team:
         if self.world is None:
@@ -356,6 +392,11 @@ def _mode(checkpoint: Checkpoint, asked: str | None) -> str | None:
     if mode == "i2v" and not takes_image:
         raise ValueError(f"{checkpoint.name} is no image-to-video model and cannot run as 'i2v'")
     return "i2v" if takes_image else mode
+
+
+def _state(run: Run, index: int, condition_noise: torch.Generator) -> tuple[State | None, Tensor]:
+    """Where window `index` was left, and what the generator's state is then."""
+    return run.state(index), condition_noise.get_state()
 
 
 def _tokens_per_frame(plan: Plan) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from .config import PIXEL_MULTIPLE
+from .prompts import unused, window_prompts
 from .request import Settings
 from .sampling.timesteps import Schedule, hold, sigma_schedule, timestep_matrix, timestep_schedule
 from .sampling.windows import Window, latent_frames, plan_windows
@@ -26,8 +27,28 @@ class Plan:
     def of(cls, settings: Settings, source_frames: int = 0) -> Plan:
         """Raises ValueError where the windows or the schedule do not work out, naming the nearest values that do."""
         plan = cls(settings, _windows(settings), source_frames)
-        _ = plan.schedules, plan.sigmas  # made now, so that what cannot be scheduled is refused before anything loads
+        _ = (
+            plan.schedules,
+            plan.sigmas,
+            plan.prompts,
+        )  # made now, so that what cannot be scheduled is refused before anything loads
         return plan
+
+    @cached_property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompt of each window."""
+        settings = self.settings
+        if settings.prompts is None:
+            return (settings.prompt,) * len(self.windows)
+        return window_prompts(settings.prompts, self.windows, self.source_frames)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user may want to know, one line each."""
+        late = unused(self.settings.prompts, self.windows, self.source_frames) if self.settings.prompts else []
+        return self.settings.notes + tuple(
+            f"prompts: no window begins while that of frame {frame} holds, so it is never used" for frame in late
+        )
 
     @cached_property
     def sigmas(self) -> list[float]:
@@ -52,7 +73,7 @@ class Plan:
         )
         return hold(matrix, window.prefix, window.end)
 
-    @property
+    @cached_property
     def calls(self) -> tuple[int, ...]:
         """Schedule rows of each window; each is one model call, two with guidance."""
         return tuple(len(self.schedules[window].timesteps) for window in self.windows)
@@ -78,9 +99,10 @@ class Plan:
     def describe(self) -> str:
         settings, branches = self.settings, 1 + self.guided
         latents = ", ".join(str(count) for count in dict.fromkeys(window.latents for window in self.windows))
+        texts = _count(len(set(self.prompts)), "prompt") + ", " if settings.prompts else ""
         return (
             f"{settings.mode.upper()} {settings.width}x{settings.height}: {_count(len(self.windows), 'window')} of "
-            f"{latents} latent frames, {_count(settings.inference_steps, 'step')}, "
+            f"{latents} latent frames, {_count(settings.inference_steps, 'step')}, {texts}"
             f"{_count(branches * sum(self.calls), 'model call')}, "
             f"{_count(self.frames, 'frame')} out ({self.frames / settings.fps:.1f} s at {settings.fps:g} fps)"
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._values import RequestError, checked, probe_image, probe_video
 from .config import NEGATIVE_PROMPT, NEGATIVE_PROMPT_DF, RESOLUTIONS
+from .prompts import Prompts, checked_prompts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,6 +34,7 @@ _DF_ONLY = {
     "base_num_frames": None,
     "overlap_history": None,
     "addnoise_condition": 0,
+    "prompts": None,
 }
 _NEEDS = {"height": "width", "width": "height", "end_image": "image", "video": "overlap_history (17 or 37 are usual)"}
 
@@ -43,6 +45,8 @@ class Request:
 
     height, width: pixels, multiples of 16, in place of `resolution` ("540P" or "720P"); they are taken as they are,
         while a size that comes from a name or from the model turns with a portrait image or video.
+    prompts: prompts over time in place of `prompt`: texts, one a window (the last stays for those left), or
+        (first frame, text) pairs; a window takes the text that holds at its first new frame.
     image, end_image: path or PIL image. video: path, or uint8 [F, H, W, 3].
     context, negative_context: [n <= 512, text_dim] tensors in place of the prompts; clip_features: [1, 257, 1280].
     teacache_coefficients: of the polynomial, highest power first.
@@ -52,6 +56,7 @@ class Request:
 
     prompt: str | None = None
     negative_prompt: str | None = None
+    prompts: Prompts | None = None
     resolution: str | None = None
     height: int | None = None
     width: int | None = None
@@ -84,7 +89,7 @@ class Request:
         names = [item.name for item in dataclasses.fields(self) if item.init]
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         for name, value in given.items():
-            object.__setattr__(self, name, checked(name, value))
+            object.__setattr__(self, name, checked_prompts(value) if name == "prompts" else checked(name, value))
         _check_together(self, given)
         source = None
         for name in [name for name in ("end_image", "image") if name in given]:
@@ -106,6 +111,7 @@ class Settings:
     mode: str  # "df", "t2v" or "i2v"
     prompt: str
     negative_prompt: str
+    prompts: Prompts | None  # in place of the prompt, which is then the first of them
     height: int
     width: int
     num_frames: int
@@ -161,6 +167,9 @@ def resolve(request: Request, *, mode: str, defaults: dict[str, Any], resolution
     values = {name: _pick(request, name, defaults, fallback) for name, fallback in fallbacks.items()}
     if mode != "df":
         values["base_num_frames"] = values["num_frames"]
+    if request.prompts is not None:
+        first = request.prompts[0]
+        values["prompt"] = first if isinstance(first, str) else first[1]
     for context, prompt in (("context", "prompt"), ("negative_context", "negative_prompt")):
         if getattr(request, context) is not None:
             values[prompt] = getattr(request, prompt) or ""
@@ -177,6 +186,7 @@ def resolve(request: Request, *, mode: str, defaults: dict[str, Any], resolution
         teacache_thresh=0.2 if request.teacache_thresh is None else request.teacache_thresh,
         use_ret_steps=bool(request.use_ret_steps),
         overlap_history=request.overlap_history,
+        prompts=request.prompts,
         image=request.image,
         end_image=request.end_image,
         video=request.video,
@@ -238,6 +248,10 @@ def _check_together(request: Request, given: dict[str, Any]) -> None:
             raise RequestError(name, given[name], f"needs {other} as well")
     if "image" in given and "video" in given:
         raise RequestError("image", given["image"], "a video to extend gives the first frames already: leave one out")
+    for name in ("prompt", "context"):
+        if "prompts" in given and name in given:
+            fix = f"stands in place of one for all windows: leave it out, or do not give {name}"
+            raise RequestError("prompts", None, fix)
     if request.causal_attention and "end_image" in given:
         fix = "has no effect with causal_attention, whose blocks never see a later frame: leave one out"
         raise RequestError("end_image", given["end_image"], fix)

@@ -102,6 +102,15 @@ class Checkpoint:
         if lacking := [file for part in parts for file in self._lacking(part)]:
             raise CheckpointError(f"{self.root} lacks {', '.join(lacking)}")
 
+    def files(self) -> dict[str, Path]:
+        """Every file that decides what the model makes, by its name in the directory."""
+        files = [self.root / "model_index.json", *weight_files(_transformer_directory(self.root))]
+        files.append(_transformer_directory(self.root) / "config.json")
+        for part in _PUBLISHED:
+            files += [*self._files(part), self._settings_file(part)]
+        files += [self.root / name / "tokenizer.json" for name in _TOKENIZERS]
+        return {str(file.relative_to(self.root)): file for file in files if file.is_file()}
+
     def transformer_weights(self) -> dict[str, Tensor]:
         """The DiT's tensors under their published names, mapped."""
         directory = _transformer_directory(self.root)

@@ -39,7 +39,7 @@ class Places(NamedTuple):
 
 
 # At a time: a product of so many rows is no slower than one of 51,000, and its outputs take a third of the memory.
-_FEED_FORWARD_TOKENS = 17_000
+FEED_FORWARD_TOKENS = 17_000
 
 
 class HeadsNorm(nn.Module):
@@ -120,7 +120,7 @@ class FeedForward(nn.Sequential):
         if torch.is_grad_enabled() or not x.is_cuda:
             return self[2](linear_gelu(x, self[0].weight, self[0].bias))
         out = torch.empty_like(x)
-        parts = -(-x[..., 0].numel() // _FEED_FORWARD_TOKENS)
+        parts = -(-x[..., 0].numel() // FEED_FORWARD_TOKENS)
         for tokens, into in zip(*(tensor.flatten(0, -2).chunk(parts) for tensor in (x, out)), strict=True):
             hidden = linear_gelu(tokens, self[0].weight, self[0].bias)
             torch.addmm(self[2].bias, hidden, self[2].weight.t(), out=into)

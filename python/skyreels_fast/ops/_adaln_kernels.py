@@ -7,6 +7,8 @@ whose rows are not evenly spaced is copied first.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,81 +26,124 @@ def _columns(SIZE: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @jit
-def _load(row, columns, inside):
-    return tl.load(row + columns, inside, other=0.0).to(tl.float32)
+def _load(at, inside):
+    return tl.load(at, inside, other=0.0).to(tl.float32)
 
 
 @jit
-def _total(residual_out, x, residual, gate, columns, inside):
-    """residual + gate * x at these columns, stored if wanted."""
-    # Read once: what is evicted first leaves the cache to the rows that many tokens read.
-    total = tl.load(x + columns, inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    if gate is not None:
-        total *= _load(gate, columns, inside)
+def _load_once(at, inside):
+    """What is evicted first leaves the cache to the rows that many tokens read."""
+    return tl.load(at, inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+
+
+@jit
+def _gated_sum(x, residual, gate, columns, in_row, inside):
+    """residual + gate * x at these columns: x and residual point at each token's row, gate at the one of them all."""
+    total = _load_once(x + columns, inside)
     if residual is not None:
-        total += tl.load(residual + columns, inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    if residual_out is not None:
-        tl.store(residual_out + columns, total.to(residual_out.dtype.element_ty), inside)
+        residual_values = _load_once(residual + columns, inside)
+    if gate is not None:
+        total *= _load(gate + columns, in_row)
+    if residual is not None:
+        total += residual_values
     return total
 
 
 @jit
-def _modulate(out, normal, scale, shift, weight, bias, columns, inside):
-    """out = (normal * weight + bias) * (1 + scale) + shift at these columns."""
+def _factor_and_offset(scale, shift, weight, bias, columns, in_row):
+    """norm * factor + offset is (norm * weight + bias) * (1 + scale) + shift, by what is not None."""
     if weight is not None:
-        normal = normal * _load(weight, columns, inside) + _load(bias, columns, inside)
+        factor = _load(weight + columns, in_row)
+        offset = _load(bias + columns, in_row)
     if scale is not None:
-        normal = normal * (1.0 + _load(scale, columns, inside)) + _load(shift, columns, inside)
-    tl.store(out + columns, normal.to(out.dtype.element_ty), inside)
+        by = 1.0 + _load(scale + columns, in_row)
+        plus = _load(shift + columns, in_row)
+        if weight is not None:
+            factor *= by
+            offset = offset * by + plus
+        else:
+            factor = by
+            offset = plus
+    elif weight is None:
+        factor = tl.full(columns.shape, 1.0, tl.float32)
+        offset = tl.full(columns.shape, 0.0, tl.float32)
+    return factor, offset
+
+
+@jit
+def _row_sums(head, tail, ROWS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
+    """[ROWS, 1]: a thread first adds up all that it holds of a row, so that threads meet once."""
+    if TAIL > 0:
+        head = tl.sum(tl.reshape(head, (ROWS, HEAD // TAIL, TAIL)), 1) + tail
+    return tl.sum(head, 1)[:, None]
 
 
 @jit
 def _adaln_kernel(
     residual_out, out, x, residual, gate, scale, shift, weight, bias,
-    x_stride, residual_stride, gate_stride, scale_stride, shift_stride, gate_span, scale_span, dim, eps,
-    HEAD: tl.constexpr, TAIL: tl.constexpr, WIDTH: tl.constexpr,
+    x_stride, residual_stride, gate_stride, scale_stride, shift_stride,
+    span, programs, gate_spans, scale_spans, dim, eps,
+    ROWS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, WIDTH: tl.constexpr,
+    EVEN: tl.constexpr, FULL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One program a token; what is None is left out.
+    """One program takes ROWS neighbouring tokens, and their one row of gate, scale and shift; what is None is left out.
 
-    Triton's blocks are powers of two, and one block over D = 5120 would idle three eighths of its 8192 lanes. So a row
-    is two of them, the largest that fits and one for what is left: 5120 = 4096 + 1024, 1536 = 1024 + 512. Both stay in
-    registers from the load to the store.
+    span: as many neighbours share those rows, `programs` take them (EVEN: with ROWS each), and gate_spans and
+    scale_spans of them a row of gate and scale. Triton's blocks are powers of two, and one block over D = 5120 would
+    idle three eighths of its 8192 lanes. So a row is two of them, the largest that fits and one for what is left,
+    5120 = 4096 + 1024 and 1536 = 1024 + 512; FULL where those are D. Both stay in registers from load to store.
     """
-    number = tl.program_id(0)
-    token = number.to(tl.int64)
+    group = tl.program_id(0) // programs
+    in_span = (tl.program_id(0) - group * programs) * ROWS
+    row = tl.arange(0, ROWS)[:, None]
+    is_token = (row >= 0) if EVEN else (row < span - in_span)
+    token = (group * span + in_span).to(tl.int64) + row
     x += token * x_stride
     if residual is not None:
         residual += token * residual_stride
     if gate is not None:
-        gate += (number // gate_span).to(tl.int64) * gate_stride
+        gate += (group // gate_spans).to(tl.int64) * gate_stride
+    if scale is not None:
+        frame = (group // scale_spans).to(tl.int64)
+        scale += frame * scale_stride
+        shift += frame * shift_stride
+
+    head = _columns(HEAD, WIDTH)[None, :]
+    in_head = head >= 0
+    head_values = _gated_sum(x, residual, gate, head, in_head, is_token & in_head)
+    tail_values = None
+    if TAIL > 0:
+        tail = HEAD + _columns(TAIL, WIDTH)[None, :]
+        in_tail = (tail >= 0) if FULL else (tail < dim)
+        tail_values = _gated_sum(x, residual, gate, tail, in_tail, is_token & in_tail)
+    if EARLY and out is not None:
+        head_factor, head_offset = _factor_and_offset(scale, shift, weight, bias, head, in_head)
+        if TAIL > 0:
+            tail_factor, tail_offset = _factor_and_offset(scale, shift, weight, bias, tail, in_tail)
     if residual_out is not None:
         residual_out += token * dim
-    head = _columns(HEAD, WIDTH)
-    in_head = head < dim
-    head_values = _total(residual_out, x, residual, gate, head, in_head)
-    if TAIL > 0:
-        tail = HEAD + _columns(TAIL, WIDTH)
-        in_tail = tail < dim
-        tail_values = _total(residual_out, x, residual, gate, tail, in_tail)
+        tl.store(residual_out + head, head_values.to(residual_out.dtype.element_ty), is_token & in_head)
+        if TAIL > 0:
+            tl.store(residual_out + tail, tail_values.to(residual_out.dtype.element_ty), is_token & in_tail)
     if out is not None:
         out += token * dim
-        if scale is not None:
-            frame = (number // scale_span).to(tl.int64)
-            scale += frame * scale_stride
-            shift += frame * shift_stride
-        total = tl.sum(head_values, 0)
-        if TAIL > 0:
-            total += tl.sum(tail_values, 0)
-        mean = total / dim
+        mean = _row_sums(head_values, tail_values, ROWS, HEAD, TAIL) / dim
         head_values -= mean
-        squares = tl.sum(head_values * head_values, 0)
+        head_squares = head_values * head_values
+        tail_squares = None
         if TAIL > 0:
             tail_values = tl.where(in_tail, tail_values - mean, 0.0)
-            squares += tl.sum(tail_values * tail_values, 0)
-        factor = tl.rsqrt(squares / dim + eps)
-        _modulate(out, head_values * factor, scale, shift, weight, bias, head, in_head)
+            tail_squares = tail_values * tail_values
+        by = tl.rsqrt(_row_sums(head_squares, tail_squares, ROWS, HEAD, TAIL) / dim + eps)
+        if not EARLY:
+            head_factor, head_offset = _factor_and_offset(scale, shift, weight, bias, head, in_head)
+            if TAIL > 0:
+                tail_factor, tail_offset = _factor_and_offset(scale, shift, weight, bias, tail, in_tail)
+        y = head_values * by * head_factor + head_offset
+        tl.store(out + head, y.to(out.dtype.element_ty), is_token & in_head)
         if TAIL > 0:
-            _modulate(out, tail_values * factor, scale, shift, weight, bias, tail, in_tail)
+            y = tail_values * by * tail_factor + tail_offset
+            tl.store(out + tail, y.to(out.dtype.element_ty), is_token & in_tail)
 
 
 def _matrix(tensor: Tensor) -> Tensor:
@@ -122,22 +167,31 @@ def _launch_triton(
 ) -> None:
     tokens, dim = x.shape
     head = 1 << dim.bit_length() - 1
+    tail = triton.next_power_of_2(dim - head) if dim > head else 0
     strides = [0 if tensor is None else tensor.stride(0) for tensor in (x, residual, gate, scale, shift)]
-    spans = [1 if tensor is None else tokens // tensor.shape[0] for tensor in (gate, scale)]
-    warps, width = _tuning(head, norm=out is not None, total=residual is not None)
-    _adaln_kernel[(tokens,)](
-        residual_out, out, x, residual, gate, scale, shift, weight, bias, *strides, *spans, dim, eps,
-        HEAD=head, TAIL=triton.next_power_of_2(dim - head) if dim > head else 0, WIDTH=width, num_warps=warps,
+    spans = [tokens if tensor is None else tokens // tensor.shape[0] for tensor in (gate, scale)]
+    span = math.gcd(*spans)
+    rows, warps, width, early = _tuning(head, norm=out is not None, total=residual is not None)
+    rows = min(rows, triton.next_power_of_2(span))
+    programs = triton.cdiv(span, rows)
+    _adaln_kernel[(tokens // span * programs,)](
+        residual_out, out, x, residual, gate, scale, shift, weight, bias,
+        *strides, span, programs, *(each // span for each in spans), dim, eps,
+        ROWS=rows, HEAD=head, TAIL=tail, WIDTH=width, EARLY=early, EVEN=span % rows == 0, FULL=head + tail == dim,
+        num_warps=warps,
     )  # fmt: skip
 
 
-def _tuning(head: int, *, norm: bool, total: bool) -> tuple[int, int]:
-    """Warps of a Triton program and elements to a load: what was fastest on an H200 at D of 1536 and 5120.
+def _tuning(head: int, *, norm: bool, total: bool) -> tuple[int, int, int, bool]:
+    """Tokens and warps of a program, elements to a load, and whether scale and shift are loaded before the sums.
 
-    A thread has 8 elements, and many more where a norm's sums would meet in too many warps.
+    Four elements to a load give every dtype, and head and tail, one layout: nothing changes threads but in the sums.
+    Without a norm a thread has 8 elements of a token or 10. With one it has more, so that few warps meet: two tokens,
+    of 24 elements at D = 1536 and 40 at 5120. `total`: whether the norm is of a sum with a residual.
     """
-    most = 16 if not norm else 4 if total else 2
-    return max(1, min(head // 256, most)), 8 if total else 4
+    if not norm:
+        return 1, max(1, min(head // 256, 8)), 4, False
+    return 2, max(1, min(head // 512, 2), head // 1024), 4, False
 
 
 def _launch_cuda(x: Tensor, eps: float, **others: Tensor | None) -> None:

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -82,18 +83,20 @@ class World:
         return self._groups[1]
 
     def first(self, make: Callable[[], T]) -> T:
-        """What `make` returns on the leader, which alone calls it; tensors come to each process's device.
+        """What `make` returns on the leader, which alone calls it: a tensor, or a tuple or list of such things.
+
+        What is on the leader's device comes to each process's own, what is on the host stays there.
 
         Raises what `make` raises, on the others LeaderError.
         """
         if not self.leads:
-            return _to(self._told(None), self.device)
+            return _unpacked(self._told(None), self.device)
         try:
             made = make()
         except BaseException as error:
             self._told(_Failure(type(error).__name__))
             raise
-        self._told(_to(made, torch.device("cpu")))
+        self._told(_packed(made))
         return made
 
     def agree(self, value: T) -> T:
@@ -133,11 +136,29 @@ class _Failure(NamedTuple):
     name: str
 
 
-def _to(value: Any, device: torch.device) -> Any:
-    """`value` with its tensors on `device`: a tensor, or a list or tuple of tensors and None."""
-    if isinstance(value, (list, tuple)):
-        return type(value)(_to(item, device) for item in value)
-    return value.to(device) if isinstance(value, Tensor) else value
+class _OnDevice(NamedTuple):
+    data: Tensor
+
+
+def _packed(value: Any) -> Any:
+    """`value` with the tensors that are not on the host there, and marked."""
+    if isinstance(value, Tensor):
+        return value if value.device.type == "cpu" else _OnDevice(value.cpu())
+    return _each(_packed, value)
+
+
+def _unpacked(value: Any, device: torch.device) -> Any:
+    if isinstance(value, _OnDevice):
+        return value.data.to(device)
+    return _each(partial(_unpacked, device=device), value)
+
+
+def _each(function: Callable[[Any], Any], value: Any) -> Any:
+    """`function` of each part of a tuple or list, of one of ours by its own kind; anything else as it is."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    parts = [function(part) for part in value]
+    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
 
 
 def _torch_groups(layout: Layout) -> Groups:

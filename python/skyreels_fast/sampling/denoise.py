@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,14 @@ from .unipc import UniPC
 
 if TYPE_CHECKING:
     from skyreels_fast.dit.model import Context, DiT, Embedded
+
+
+class State(NamedTuple):
+    """A window between two rows: all that the rows from `row` on need, beside the noise generator's own state."""
+
+    row: int
+    latents: Tensor  # [1,16,F,h,w] float32
+    history: tuple[Tensor, ...]  # the solver's: three tensors as the latents; none before the first row
 
 
 @torch.no_grad()
@@ -50,6 +58,8 @@ def denoise(
     past_bytes: int | None = None,
     team: Team | None = None,
     on_step: Callable[[int], None] | None = None,
+    state: State | None = None,
+    on_state: Callable[[State], None] | None = None,
 ) -> Tensor:
     """Denoise one window: latents [1,16,F,h,w] float32, noise with the given frames filled in → the same, clean.
 
@@ -70,6 +80,9 @@ def denoise(
     team: the processes that share the work, None: this one has it all. Every one of them is given the same and returns
         the same; `attend` is to reach the tokens of the others, and past_bytes to be what all of them have.
     on_step: called with the row's number when its work has been queued.
+    state: where to go on from, in place of `latents` and the first row; the same bits come out as without the break.
+    on_state: called with each state that can be gone on from, before the row and after the last; its tensors change
+        with the next row. Rows that reuse what an earlier one computed are left out.
 
     Raises ValueError when the schedule's columns are not the latents' frames, or addnoise is out of 0 to 1000 or has no
     generator.
@@ -87,8 +100,8 @@ def denoise(
     team = team or Alone()
     contexts = [cond] if uncond is None or guidance_scale == 1 else [cond, uncond]
     own = [contexts[branch] for branch in team.branches(len(contexts))]
-    keep = teacache is None and _fits(dit, latents, past_bytes, share=len(own) / team.sequence)
-    spans = _spans(schedule, causal_block_size, keep=keep, noised=prefix if addnoise else 0)
+    reuse = teacache is None and _fits(dit, latents, past_bytes, share=len(own) / team.sequence)
+    spans = _spans(schedule, causal_block_size, keep=reuse, noised=prefix if addnoise else 0)
     computed = team.agree(_computed_rows(dit, schedule, spans, timesteps, fps, teacache))
     options = {"causal_block_size": causal_block_size, "blocks": blocks, "token_range": team.token_range}
     options |= {"attend": attend, "attend_context": attend_context}
@@ -96,8 +109,15 @@ def denoise(
     dtype = next(dit.parameters()).dtype
     if extra_channels is not None:
         extra_channels = extra_channels.to(dtype)
+    first = 0
+    if state is not None:
+        first, latents = state.row, state.latents.to(latents.device)
+        solver.history = tuple(tensor.to(latents.device) for tensor in state.history)
 
-    for row, (start, stop) in enumerate(schedule.interval):
+    for row, (start, stop) in list(enumerate(schedule.interval))[first:]:
+        # A state holds neither TeaCache's residual nor earlier frames' keys, so the row must need neither.
+        if on_state is not None and computed[row] and spans[row].start == 0:
+            on_state(State(row, latents, solver.history))
         window = latents[:, :, start:stop]
         if addnoise and start < prefix:
             window = _with_noise(window, prefix - start, addnoise, noise_generator)
@@ -110,6 +130,8 @@ def denoise(
         latents = solver.step(row, velocity, latents)
         if on_step is not None:
             on_step(row)
+    if on_state is not None:
+        on_state(State(len(computed), latents, solver.history))
     return latents
 
 

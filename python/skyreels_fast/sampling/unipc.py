@@ -100,6 +100,15 @@ class UniPC:
         self._previous: Tensor | None = None
         self._before: Tensor | None = None
 
+    @property
+    def history(self) -> tuple[Tensor, ...]:
+        """What goes from one row to the next: three tensors as the latents, or none before the first `step`."""
+        return () if self._last is None else (self._last, self._previous, self._before)
+
+    @history.setter
+    def history(self, tensors: tuple[Tensor, ...]) -> None:
+        self._last, self._previous, self._before = tensors or (None,) * 3
+
     def step(self, row: int, velocity: Tensor, latents: Tensor) -> Tensor:
         """New latents [B,C,F,H,W] float32 after model call `row`; `latents` itself is left as it is.
 
@@ -107,7 +116,7 @@ class UniPC:
         update, and their history, keep every bit, whatever the velocity holds there.
         """
         if self._last is None:
-            self._last, self._previous, self._before = (torch.zeros_like(latents) for _ in range(3))
+            self.history = tuple(torch.zeros_like(latents) for _ in range(3))
         part = (slice(None), slice(None), slice(*self._interval[row]))
         update = self._update[row, part[2]].view(1, 1, -1, 1, 1)
         sigma, keep, *weights = self._weights[row, :, part[2]].unsqueeze(-1).unsqueeze(-1)

@@ -52,17 +52,17 @@ class CausalConv3d(nn.Conv3d):
         return super().forward(F.pad(x, (0, 0, 0, 0, self.past, 0)) if self.past else x)
 
     def step(self, rows: Rows | None = None) -> Callable[..., Tensor]:
-        """A function (frame, residual=None) → output frame, to be called with a video's frames in turn."""
+        """A function (frame, residual=None, gamma=None) → output frame, to be called with a video's frames in turn."""
         rows = rows if self.kernel_size[1] > 1 else None
         if self._is_narrow:
             return self._narrow_step(rows)
         frames: list[Tensor] = []
 
-        def step(frame: Tensor, residual: Tensor | None = None) -> Tensor:
+        def step(frame: Tensor, residual: Tensor | None = None, gamma: Tensor | None = None) -> Tensor:
             frames.append(frame if rows is None else rows.widen(frame))
             if rows is not None and residual is not None:
                 residual = F.pad(residual, (0, 0, 0, 0, 1, 1))
-            out = causal_conv3d(frames, self.weight, self.bias, residual)
+            out = causal_conv3d(frames, self.weight, self.bias, residual, gamma)
             if len(frames) > self.past:
                 frames.pop(0)
             return out if rows is None else _inner(out, 1)
@@ -148,7 +148,7 @@ class ResidualBlock(nn.Module):
         def step(x: Tensor) -> Tensor:
             shortcut = pointwise(self.shortcut, x) if isinstance(self.shortcut, CausalConv3d) else x
             # Nested, so that each frame on the way is gone when the next is made.
-            return second(norm2.frame(first(norm1.frame(x, silu=True)), silu=True), shortcut)
+            return second(first(norm1.frame(x, silu=True), gamma=norm2.gamma.flatten()), shortcut)
 
         return map(step, frames)
 

@@ -1,0 +1,81 @@
+"""Host memory of whole commands against the length of the video: it shall not grow.
+
+    python -m benchmarks.hostmemory                                            # the bundled model, 145 to 1457 frames
+    python -m benchmarks.hostmemory --model_id DIRECTORY --frames 257 1457 --base_num_frames 97 --overlap_history 17
+
+Each length runs generate_video_df.py's command in a process of its own; a row holds the peak of that process (its
+resident set, as getrusage tells it; the ffmpeg beside it begins anew with each window). The exit code is 1 where a
+peak is off the first by more than 5 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks import harness
+
+MIB = 2**20
+TOLERANCE = 0.05
+
+
+def measure(words: list[str]) -> dict[str, float]:
+    """The peak in MiB of the command, run in this process, which has run nothing else."""
+    from skyreels_fast import cli
+
+    with tempfile.TemporaryDirectory() as folder:
+        code = cli.generate_video_df([*words, "--output", str(Path(folder) / "out.mp4")])
+    if code:
+        raise SystemExit(code)
+    return {"peak_host_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB}
+
+
+def run(words: list[str]) -> dict[str, float]:
+    """`measure` in a process of its own. Raises CalledProcessError where the command fails."""
+    start = time.monotonic()
+    child = [sys.executable, "-m", "benchmarks.hostmemory", "--in_this_process", *words]
+    done = subprocess.run(child, stdout=subprocess.PIPE, text=True, check=True, cwd=harness.ROOT)
+    return json.loads(done.stdout.splitlines()[-1]) | {"seconds": time.monotonic() - start}
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["--in_this_process"]:
+        print(json.dumps(measure(argv[1:])))
+        return 0
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_id", default="tiny")
+    parser.add_argument("--frames", type=int, nargs="+", default=[145, 257, 289, 577, 1457])
+    parser.add_argument("--base_num_frames", type=int, default=49)
+    parser.add_argument("--overlap_history", type=int, default=17)
+    parser.add_argument("--inference_steps", type=int, default=1)
+    parser.add_argument("--height", type=int, default=None)
+    parser.add_argument("--width", type=int, default=None)
+    parser.add_argument("--offload", action="store_true")
+    parser.add_argument("--out", type=Path, default=harness.RESULTS / "hostmemory.jsonl")
+    args = parser.parse_args(argv)
+    device = harness.default_device()
+    names = ("model_id", "base_num_frames", "overlap_history", "inference_steps", "height", "width")
+    settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    words += ["--seed", "0", "--device", device.type, *(["--offload"] if args.offload else [])]
+    print(harness.provenance(device))
+    peaks = []
+    for frames in args.frames:
+        found = run([*words, "--num_frames", str(frames)])
+        peaks.append(found["peak_host_mib"])
+        row = {"bench": "hostmemory", **harness.common(device), **settings, "offload": args.offload, "frames": frames}
+        harness.append(args.out, row | found)
+        off = peaks[-1] / peaks[0] - 1
+        print(f"{frames} frames: {peaks[-1]:.0f} MiB ({off:+.1%}), {found['seconds']:.0f} s", flush=True)
+    return int(any(abs(peak / peaks[0] - 1) > TOLERANCE for peak in peaks))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

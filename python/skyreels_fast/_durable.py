@@ -1,0 +1,37 @@
+"""Files that are there whole or not at all, whatever becomes of the process or the machine."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write or replace a file; when this returns it has reached the disk. Raises OSError, the old file untouched."""
+    unfinished = path.parent / f".{os.getpid()}{path.suffix}"
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+        sync_folder(path.parent)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """As `write_whole`, of values as JSON."""
+    write_whole(path, (json.dumps(values, ensure_ascii=False, indent=2) + "\n").encode())
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder reach the disk, as fsync of a file does its contents."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

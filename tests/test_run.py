@@ -1,0 +1,202 @@
+"""The run directory from Python: nothing that is there is computed again, and the same bits come out."""
+
+from __future__ import annotations
+
+import gc
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import load_golden
+from torch import Tensor
+
+import skyreels_fast as sf
+from skyreels_fast import _progress, cli
+from skyreels_fast.dit.model import DiT
+from skyreels_fast.run import Run, RunError
+
+TEXT = load_golden("text")
+REQUEST = sf.Request(
+    context=TEXT["cond"],
+    negative_context=TEXT["uncond"],
+    height=32,
+    width=32,
+    num_frames=29,
+    base_num_frames=13,
+    overlap_history=5,
+    inference_steps=3,
+    addnoise_condition=20,
+    seed=5,
+)
+ONE_WINDOW = replace(REQUEST, num_frames=13, overlap_history=None, addnoise_condition=None, inference_steps=8)
+TEACACHE = {"teacache": True, "teacache_coefficients": (1.0, 0.0), "teacache_thresh": 2.0}
+
+
+class Stop(Exception):
+    pass
+
+
+class StopAt(sf.Progress):
+    """Breaks the run off at its `step`-th row."""
+
+    def __init__(self, step: int) -> None:
+        self.left = step
+
+    def step(self) -> None:
+        self.left -= 1
+        if not self.left:
+            raise Stop
+
+
+@pytest.fixture
+def block_calls(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """Grows with every pass through the blocks."""
+    calls: list[None] = []
+    run_blocks = DiT.run_blocks
+
+    def counted(*args: object, **options: object) -> Tensor:
+        calls.append(None)
+        return run_blocks(*args, **options)
+
+    monkeypatch.setattr(DiT, "run_blocks", counted)
+    return calls
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 8, 9])
+def test_a_broken_off_call_goes_on_where_it_was(
+    step: int, pipelines: dict[str, sf.Pipeline], tmp_path: Path, block_calls: list[None]
+) -> None:
+    whole = pipelines["df"](REQUEST)
+    block_calls.clear()
+    with pytest.raises(Stop):
+        pipelines["df"](REQUEST, run=Run(tmp_path / "run", every_s=0), progress=StopAt(step))
+    result = pipelines["df"](REQUEST, run=tmp_path / "run")
+    # A row is two passes; the row in which it broke off is not saved any more, unless the next began.
+    assert len(block_calls) == 2 * (9 + 1)
+    assert torch.equal(result.frames, whole.frames)
+    assert all(torch.equal(a, b) for a, b in zip(result.latents, whole.latents, strict=True))
+    block_calls.clear()
+    assert torch.equal(pipelines["df"](REQUEST, run=tmp_path / "run").frames, whole.frames)
+    assert not block_calls
+
+
+@pytest.mark.parametrize("step", range(1, 8))
+def test_teacache_goes_on_from_a_row_that_computes(
+    step: int, pipelines: dict[str, sf.Pipeline], tmp_path: Path, block_calls: list[None]
+) -> None:
+    request = replace(ONE_WINDOW, **TEACACHE)
+    whole = pipelines["df"](request)
+    assert len(block_calls) == 2 * 3  # rows 0, 4 and 7
+    with pytest.raises(Stop):
+        pipelines["df"](request, run=Run(tmp_path / "run", every_s=0), progress=StopAt(step))
+    block_calls.clear()
+    result = pipelines["df"](request, run=tmp_path / "run")
+    assert torch.equal(result.frames, whole.frames)
+    assert len(block_calls) == 2 * (3 if step <= 4 else 2)  # row 0 is not worth saving, row 4 is
+
+
+def test_a_long_window_is_saved_now_and_then(pipelines: dict[str, sf.Pipeline], tmp_path: Path) -> None:
+    """Each step takes 25 s here; with 60 s between two saves, every third row is saved."""
+    now = [0.0]
+    saved = []
+
+    class Watch(sf.Progress):
+        def step(self) -> None:
+            now[0] += 25.0
+            steps = tmp_path / "run" / "steps.safetensors"
+            saved.append(steps.stat().st_mtime_ns if steps.exists() else 0)
+
+    run = Run(tmp_path / "run", clock=lambda: now[0])
+    whole = pipelines["df"](ONE_WINDOW, run=run, progress=Watch())
+    assert [saved[i] != saved[i - 1] for i in range(1, 8)] == [False, False, True, False, False, True, False]
+    assert not (tmp_path / "run" / "steps.safetensors").exists()
+    assert (tmp_path / "run" / "window-00000.safetensors").exists()
+    assert torch.equal(pipelines["df"](ONE_WINDOW).frames, whole.frames)
+
+
+CHANGES = {
+    "seed": ({"seed": 6}, "seed=6: the run in .* was begun with 5; give the same"),
+    "context": ({"context": TEXT["cond"] + 1}, "context: differs from what the run"),
+    "steps": ({"inference_steps": 4}, "inference_steps=4: .* begun with 3"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_request_is_refused(change: str, pipelines: dict[str, sf.Pipeline], tmp_path: Path) -> None:
+    values, named = CHANGES[change]
+    pipelines["df"](REQUEST, run=tmp_path / "run")
+    with pytest.raises(RunError, match=named) as error:
+        pipelines["df"](replace(REQUEST, **values), run=tmp_path / "run")
+    assert "\n" not in str(error.value)
+
+
+def test_another_model_is_refused(pipelines: dict[str, sf.Pipeline], tmp_path: Path) -> None:
+    request = sf.Request(**{field: getattr(ONE_WINDOW, field) for field in ("context", "negative_context", "height",
+                         "width", "seed")}, num_frames=5, inference_steps=1)  # fmt: skip
+    pipelines["df"](request, run=tmp_path / "run")
+    with pytest.raises(RunError, match="another model: its model.safetensors differs"):
+        other = sf.Pipeline.from_pretrained(pipelines["t2v"].checkpoint.root, "cpu", torch.float32, mode="df")
+        other(request, run=tmp_path / "run")
+
+
+def test_a_folder_of_other_things_is_left_alone(pipelines: dict[str, sf.Pipeline], tmp_path: Path) -> None:
+    (tmp_path / "photo.png").write_bytes(b"")
+    (tmp_path / ".1.txt").write_text("")
+    with pytest.raises(RunError, match="holds other files"):
+        pipelines["df"](REQUEST, run=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".1.txt", "photo.png"]
+
+
+def test_one_process_at_a_time(pipelines: dict[str, sf.Pipeline], tmp_path: Path) -> None:
+    first = pipelines["df"](ONE_WINDOW, run=tmp_path / "run", stream=True)
+    next(first.frames)
+    with pytest.raises(RunError, match="in use"):
+        pipelines["df"](ONE_WINDOW, run=tmp_path / "run")
+    first.frames.close()
+    assert pipelines["df"](ONE_WINDOW, run=tmp_path / "run").frames.shape[0] == 13
+
+
+def live_bytes() -> int:
+    """Memory of all tensors that Python can reach."""
+    tensors = (item for item in gc.get_objects() if issubclass(type(item), Tensor))
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+class Memory(sf.Progress):
+    """What is alive whenever a window begins."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def window(self, index: int, count: int, calls: int) -> None:
+        gc.collect()
+        self.seen.append(live_bytes())
+
+
+def most_alive(pipe: sf.Pipeline, frames: int, keep_latents: bool) -> int:
+    request = replace(REQUEST, height=16, width=16, num_frames=frames, base_num_frames=73, overlap_history=9)
+    memory = Memory()
+    for _ in pipe(replace(request, inference_steps=1), True, memory, keep_latents=keep_latents).frames:
+        pass
+    return max(memory.seen)
+
+
+def test_memory_does_not_grow_with_the_video(pipelines: dict[str, sf.Pipeline]) -> None:
+    short, *longer = (most_alive(pipelines["df"], frames, keep_latents=False) for frames in (145, 289, 577))
+    window_bytes = 16 * 19 * 2 * 2 * 4
+    assert all(abs(most - short) < window_bytes for most in longer)
+    assert most_alive(pipelines["df"], 289, keep_latents=True) > short + 1.5 * window_bytes
+
+
+def test_the_command_holds_no_latents(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory()
+    monkeypatch.setattr(_progress.ConsoleProgress, "window", memory.window)
+    words = ["--model_id", str(models["df"]), "--device", "cpu", "--height", "16", "--width", "16", "--num_frames"]
+    words += ["73", "--base_num_frames", "17", "--overlap_history", "9", "--inference_steps", "1"]
+    assert cli.generate_video_df([*words, "--output", str(tmp_path / "out.mp4")]) == 0
+    assert len(memory.seen) == 8
+    assert max(memory.seen[2:]) - min(memory.seen[2:]) < 16 * 5 * 2 * 2 * 4  # less than one window's latents
+    assert json.loads((tmp_path / "out.json").read_text())["frames"] == 73
