@@ -43,7 +43,7 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the process to kill in /proc")
-def test_a_process_that_dies_ends_the_run_and_leaves_what_is_rendered(tmp_path: Path) -> None:
+def test_a_process_that_dies_ends_the_run_which_one_process_goes_on_with(tmp_path: Path) -> None:
     run = torchrun(tmp_path, 2, "--use_usp", "--num_frames", "13", "--inference_steps", "150")
     try:
         said = []
@@ -69,6 +69,16 @@ def test_a_process_that_dies_ends_the_run_and_leaves_what_is_rendered(tmp_path: 
     assert record["command"].startswith("torchrun --nproc_per_node=2 generate_video_df.py ")
     assert "--use_usp" in record["command"]
     assert "Traceback" not in "".join(said)
+    assert "go on with: torchrun --nproc_per_node=2 generate_video_df.py --use_usp --resume out.run" in rest
+
+    alone = [sys.executable, str(ROOT / "generate_video_df.py"), "--resume", "out.run"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "python")}
+    resumed = subprocess.run(alone, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "9 of 13 frames are there already" in resumed.stdout
+    assert decoded(tmp_path / "out.mp4") == 13
+    record = sidecar(tmp_path / "out.mp4")
+    assert record["complete"] is True and "parallel" not in record and "--use_usp" not in record["command"]
 
 
 def test_bad_flags_are_said_once(tmp_path: Path) -> None:
