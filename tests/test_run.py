@@ -160,7 +160,7 @@ def test_one_process_at_a_time(pipelines: dict[str, sf.Pipeline], tmp_path: Path
 
 def live_bytes() -> int:
     """Memory of all tensors that Python can reach."""
-    tensors = (item for item in gc.get_objects() if issubclass(type(item), Tensor))
+    tensors = (item for item in gc.get_objects() if type(item) in (Tensor, torch.nn.Parameter))
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
