@@ -7,7 +7,6 @@ piece. Architecture: Wan 2.1, arXiv:2503.20314, section 4.1.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 
@@ -153,7 +152,7 @@ class VAE(nn.Module):
     def encode_stream(self, chunks: Iterable[Tensor]) -> Tensor:
         """As `encode`, of a video that comes in pieces [B, 3, t, H, W] of any length t."""
         mean, std = self._statistics()
-        moments = _tuned(flow(self.encoder.stages, self._frames_of(chunks)), mean.device)
+        moments = _repeatable(flow(self.encoder.stages, self._frames_of(chunks)))
         means = [pointwise(self.conv1, frame.to(self._dtype))[..., :LATENT_CHANNELS].float() for frame in moments]
         return (torch.stack(means, dim=1).permute(0, 4, 1, 2, 3).contiguous() - mean) / std
 
@@ -184,7 +183,7 @@ class VAE(nn.Module):
             return pointwise(self.conv2, z.permute(0, 2, 3, 1).to(self._dtype).contiguous())
 
         frames = flow(self.decoder.stages, map(enter, latents.unbind(2)))
-        frames = _tuned((frame.permute(0, 3, 1, 2).float().clamp(-1, 1) for frame in frames), mean.device)
+        frames = _repeatable(frame.permute(0, 3, 1, 2).float().clamp(-1, 1) for frame in frames)
         count = 1
         # Nothing is held by a name while the next frames are made.
         while (chunk := _stacked(islice(frames, count))) is not None:
@@ -220,23 +219,13 @@ def _stacked(frames: Frames) -> Tensor | None:
     return torch.stack(chunk, dim=2) if chunk else None
 
 
-def _tuned(frames: Frames, device: torch.device) -> Frames:
-    """The frames, with cuDNN trying out its algorithms where one is made for a new shape."""
+def _repeatable(frames: Frames) -> Frames:
+    """The frames, cuDNN choosing by rule and not by trial: a run that is gone on with must have the same bits."""
     done = object()
     while True:
-        with _cudnn_benchmark(device):
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
             frame = next(frames, done)
         if frame is done:
             return
         yield frame
         del frame
-
-
-@contextmanager
-def _cudnn_benchmark(device: torch.device) -> Iterator[None]:
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = before or device.type == "cuda"
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
