@@ -7,7 +7,6 @@
 #include <sstream>
 #include <string>
 
-#include "adaln.h"
 #include "dtype.h"
 #include "qk_norm_rope3d.h"
 #include "residual_reuse.h"
@@ -34,11 +33,6 @@ PYBIND11_MODULE(_C, module) {
   module.attr("FLOAT32") = static_cast<int>(sf::DType::kFloat32);
   module.attr("FLOAT16") = static_cast<int>(sf::DType::kFloat16);
   module.attr("BFLOAT16") = static_cast<int>(sf::DType::kBFloat16);
-
-  py::class_<sf::Rows>(module, "Rows", "A matrix on the device; its rows are contiguous and `stride` elements apart.")
-      .def(py::init<sf::Address, int, std::int64_t, std::int64_t>(), "data"_a, "dtype"_a, "rows"_a, "stride"_a);
-  module.def("norm_scale_shift", &sf::norm_scale_shift, "out = norm(x) * (1 + scale) + shift", "out"_a, "x"_a,
-             "scale"_a, "shift"_a, "weight"_a, "bias"_a, "dim"_a, "eps"_a, "stream"_a);
 
   module.def("qk_norm", &sf::qk_norm, "out = x / sqrt(mean(x^2) + eps) * weight", "out"_a, "x"_a, "weight"_a, "shape"_a,
              "strides"_a, "eps"_a, "dtype"_a, "weight_dtype"_a, "stream"_a);

@@ -152,7 +152,7 @@ def test_gate_and_modulation_may_differ_in_their_frames(gates, scales, op, devic
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("op", "device", "backend"), [case for case in op_kernels() if case.values[2] == "triton"])
+@on_each_kernel
 @pytest.mark.parametrize(("per_frame", "rows"), [(1, 8), (3, 2), (5, 4), (8, 4), (13, 8)])
 def test_any_number_of_tokens_to_a_program(per_frame, rows, op, device, backend, poisoned_memory, monkeypatch):
     """None is left out or given another frame's rows, and nothing past the last one is read or written."""
@@ -250,34 +250,6 @@ def test_what_kernels_do_not_take_is_named(op, device, backend):
     long = torch.zeros(1, 1, 8193, device=device)
     with pytest.raises(ValueError, match="D up to 8192, not 8193"):
         call(op, arguments(op, {"x": long, "residual": long}, "nothing"), backend)
-
-
-@pytest.mark.skipif(_dispatch.extension is None, reason="the CUDA kernels are not built")
-def test_entries_check_their_arguments():
-    """None of these reaches a GPU."""
-    cuda = _dispatch.extension
-
-    def rows(count: int, data: int = 16, dtype: int = cuda.FLOAT32) -> object:
-        return cuda.Rows(data=data, dtype=dtype, rows=count, stride=8)
-
-    def norm(x: object, scale: object = None, shift: object = None, weight: object = None, dim: int = 8) -> None:
-        cuda.norm_scale_shift(rows(6), x, scale, shift, weight, None, dim, 1e-6, 0)
-
-    for wrong, message in (
-        (lambda: norm(rows(6), dim=8193), "norm_scale_shift: dim 8193 is not in 1 to 8192"),
-        (lambda: norm(rows(0)), "0 tokens are too many or none"),
-        (lambda: norm(rows(5)), "out has 6 rows, not 5"),
-        (lambda: norm(rows(6, data=18)), "x is not aligned"),
-        (lambda: norm(rows(6, data=0)), "x is null"),
-        (lambda: norm(rows(6, dtype=7)), "dtype code 7"),
-        (lambda: norm(rows(6), rows(4), rows(4)), "6 tokens do not split into the rows of scale"),
-        (lambda: norm(rows(6), rows(3), rows(2)), "shift has 2 rows, not 3"),
-        (lambda: norm(rows(6), rows(3)), "scale and shift come together"),
-        (lambda: norm(rows(6), weight=rows(1)), "weight and bias come together"),
-        (lambda: norm(rows(6), rows(3), rows(3, dtype=cuda.BFLOAT16)), "shift is not float32"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            wrong()
 
 
 def test_one_device():

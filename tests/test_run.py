@@ -160,7 +160,7 @@ def test_one_process_at_a_time(pipelines: dict[str, sf.Pipeline], tmp_path: Path
 
 def live_bytes() -> int:
     """Memory of all tensors that Python can reach."""
-    tensors = (item for item in gc.get_objects() if issubclass(type(item), Tensor))
+    tensors = (item for item in gc.get_objects() if type(item) in (Tensor, torch.nn.Parameter))
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
@@ -200,3 +200,19 @@ def test_the_command_holds_no_latents(models: dict[str, Path], tmp_path: Path, m
     assert len(memory.seen) == 8
     assert max(memory.seen[2:]) - min(memory.seen[2:]) < 16 * 5 * 2 * 2 * 4  # less than one window's latents
     assert json.loads((tmp_path / "out.json").read_text())["frames"] == 73
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("step", [2, 5, 8])
+def test_a_broken_off_call_goes_on_on_a_gpu(
+    step: int, offload: bool, pipelines: dict[str, sf.Pipeline], tmp_path: Path
+) -> None:
+    """The noise generators' states are those of CUDA there; the bits are the same all the same."""
+    pipe = sf.Pipeline.from_pretrained(pipelines["df"].checkpoint.root, "cuda", torch.bfloat16, offload, mode="df")
+    whole = pipe(REQUEST)
+    with pytest.raises(Stop):
+        pipe(REQUEST, run=Run(tmp_path / "run", every_s=0), progress=StopAt(step))
+    result = pipe(REQUEST, run=tmp_path / "run")
+    assert torch.equal(result.frames, whole.frames)
+    assert all(torch.equal(a, b) for a, b in zip(result.latents, whole.latents, strict=True))

@@ -11,7 +11,6 @@ from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
 from torch import Tensor
 
@@ -112,6 +111,8 @@ class VideoWriter:
 def check_encoder() -> str:
     """The ffmpeg to use, once it has shown that it encodes H.264. VideoError if it cannot or there is none."""
     try:
+        import imageio_ffmpeg  # needed where a video is written, not where one is rendered
+
         program = imageio_ffmpeg.get_ffmpeg_exe()
         trial = ["-f", "lavfi", "-i", "nullsrc=s=64x64:d=0.1", "-c:v", "libx264", "-f", "null", "-"]
         done = subprocess.run([program, "-v", "error", *trial], stdin=subprocess.DEVNULL, capture_output=True)

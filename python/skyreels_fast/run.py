@@ -91,6 +91,8 @@ class Run:
             if changed := difference(self._manifest["identity"], identity, self.directory):
                 raise RunError(changed)
         except BaseException:
+            if self._manifest is None and self._lock is not None:
+                self._leave_nothing()
             self.release()
             raise
 
@@ -244,6 +246,13 @@ class Run:
 
     def _history(self, windows: int) -> Path:
         return self.directory / f"history-{windows:05d}.safetensors"
+
+    def _leave_nothing(self) -> None:
+        """Take back the folder of a run that could not even begin."""
+        with contextlib.suppress(OSError):
+            if os.listdir(self.directory) == [_LOCK]:
+                (self.directory / _LOCK).unlink()
+                self.directory.rmdir()
 
     def _take_lock(self) -> None:
         import fcntl

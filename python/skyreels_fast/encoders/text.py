@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import ftfy
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -55,6 +54,8 @@ _OWN = {ours: published for published, ours in _PUBLISHED.items()}
 
 def clean_prompt(prompt: str) -> str:
     """Mend broken encodings, resolve HTML entities (written twice over, too), fold white space."""
+    import ftfy  # requests that bring their own contexts do without
+
     mended = html.unescape(html.unescape(ftfy.fix_text(prompt)))
     return re.sub(r"\s+", " ", mended).strip()
 

@@ -20,12 +20,7 @@ from torch.nn import functional
 from skyreels_fast.ops import _adaln_kernels as kernels
 from skyreels_fast.ops._dispatch import choose, needs_grad
 
-# A CUDA kernel stands where it is ahead of Triton's.
-BACKENDS = {
-    "norm_scale_shift": ("cuda", "triton", "ref"),
-    "scale_residual": ("triton", "ref"),
-    "scale_residual_norm_scale_shift": ("triton", "ref"),
-}
+BACKENDS = dict.fromkeys(("norm_scale_shift", "scale_residual", "scale_residual_norm_scale_shift"), ("triton", "ref"))
 
 
 def _modulate(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:

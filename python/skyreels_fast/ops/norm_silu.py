@@ -57,7 +57,8 @@ def _norm_silu_kernel(
         in_tail = inside & (tail < channels)
         tail_values = tl.load(x + tail, in_tail, other=0.0).to(tl.float32)
         squares += tl.sum(tail_values * tail_values, 1)
-    factor = (root / tl.maximum(tl.sqrt(squares), eps))[:, None]
+    # Rounded to the nearest: an error here is one of the whole row.
+    factor = tl.div_rn(root, tl.maximum(tl.sqrt_rn(squares), eps))[:, None]
     y = head_values * factor * tl.load(gamma + head, head < channels, other=0.0).to(tl.float32)
     if SILU:
         y = y * tl.sigmoid(y)

@@ -7,7 +7,6 @@ piece. Architecture: Wan 2.1, arXiv:2503.20314, section 4.1.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from typing import Protocol
@@ -168,7 +167,7 @@ class VAE(nn.Module):
         shared: several processes encode together, all of them called with the same video; all get the latents.
         """
         mean, std = self._statistics()
-        moments = _tuned(flow(self.encoder.stages, self._frames_of(chunks, shared), shared), mean.device)
+        moments = _repeatable(flow(self.encoder.stages, self._frames_of(chunks, shared), shared))
         means = [pointwise(self.conv1, frame.to(self._dtype))[..., :LATENT_CHANNELS].float() for frame in moments]
         if shared is not None:
             means = [shared.whole(frame) for frame in means]
@@ -207,7 +206,7 @@ class VAE(nn.Module):
             return pointwise(self.conv2, z.permute(0, 2, 3, 1).to(self._dtype).contiguous())
 
         frames = flow(self.decoder.stages, map(enter, latents.unbind(2)), shared)
-        frames = _tuned((frame.permute(0, 3, 1, 2).float().clamp(-1, 1) for frame in frames), mean.device)
+        frames = _repeatable(frame.permute(0, 3, 1, 2).float().clamp(-1, 1) for frame in frames)
         if shared is not None:
             frames = shared.collected(frames)
         count = 1
@@ -246,23 +245,13 @@ def _stacked(frames: Frames) -> Tensor | None:
     return torch.stack(chunk, dim=2) if chunk else None
 
 
-def _tuned(frames: Frames, device: torch.device) -> Frames:
-    """The frames, with cuDNN trying out its algorithms where one is made for a new shape."""
+def _repeatable(frames: Frames) -> Frames:
+    """The frames, cuDNN choosing by rule and not by trial: a run that is gone on with must have the same bits."""
     done = object()
     while True:
-        with _cudnn_benchmark(device):
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
             frame = next(frames, done)
         if frame is done:
             return
         yield frame
         del frame
-
-
-@contextmanager
-def _cudnn_benchmark(device: torch.device) -> Iterator[None]:
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = before or device.type == "cuda"
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
