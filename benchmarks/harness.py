@@ -240,13 +240,6 @@ def output_file(out: Path | None, name: str, device: torch.device) -> Path | Non
     return RESULTS / f"{name}.jsonl"
 
 
-def own_device(device: torch.device) -> torch.device:
-    """The one of this process, where torchrun has started several on this host."""
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    return device
-
-
 def default_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")

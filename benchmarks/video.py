@@ -145,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure what was asked for. Raises ValueError for what cannot be run."""
     from benchmarks import ours
 
-    device = harness.own_device(args.device or harness.default_device())
+    device = args.device or harness.default_device()
     gpus, work = _gpus(args.gpus, device), work_of(args, device)
     least = floor.forward_ms(work.config, work.grid, work.block if work.causal else None, gpu=harness.gpu_name(device))
     prepared = ours.prepare(work, args, device)

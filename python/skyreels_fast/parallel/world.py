@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
@@ -56,7 +57,7 @@ def require(device: torch.device) -> None:
 
 
 class World:
-    """All processes of the run. Rank 0, the leader, has the encoders and the VAE, reads and writes files."""
+    """All processes of the run. Rank 0, the leader, encodes texts and given frames and writes the files."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.rank, self.size = device, dist.get_rank(), dist.get_world_size()
@@ -94,7 +95,8 @@ class World:
         try:
             made = make()
         except BaseException as error:
-            self._told(_Failure(type(error).__name__))
+            with contextlib.suppress(RuntimeError):  # of those who are gone already
+                self._told(_Failure(type(error).__name__))
             raise
         self._told(_packed(made))
         return made
