@@ -106,7 +106,7 @@ class Prepared:
         for stage, (seconds, peak) in once.items():
             timings[stage], meter.peaks[stage] = seconds, peak
         return {
-            "attention": self.pipe.attention,
+            "attention": self.pipe.machine.attention,
             **self._steps(meter),
             "text_s": timings["text"] if encodes_text else None,
             "vae_encode_s": self._encode(meter) if self._leads else None,
@@ -120,12 +120,12 @@ class Prepared:
 
     def close(self) -> None:
         """Of several processes, all leave together."""
-        if self.pipe.world is not None:
-            self.pipe.world.close()
+        if self.pipe.machine.world is not None:
+            self.pipe.machine.world.close()
 
     @property
     def _leads(self) -> bool:
-        return self.pipe.world is None or self.pipe.world.leads
+        return self.pipe.machine.world is None or self.pipe.machine.world.leads
 
     def _say(self, text: str) -> None:
         if self._leads:
@@ -133,10 +133,10 @@ class Prepared:
 
     def _shared(self, meter: Meter) -> dict[str, Any]:
         """How several processes shared the work, and each one's peaks while denoising."""
-        if self.pipe.world is None:
+        if self.pipe.machine.world is None:
             return {}
-        layout = self.pipe.layout(self._plan)
-        peaks = self.pipe.world.each(meter.peaks["denoise"])
+        layout = self.pipe.machine.layout(self._plan)
+        peaks = self.pipe.machine.world.each(meter.peaks["denoise"])
         return {"layout": "x".join(map(str, layout)), "ranks_peak_gib": peaks}
 
     def _render(self, plan: sf.Plan, meter: Meter) -> tuple[sf.pipeline.Result, float]:

@@ -26,6 +26,9 @@ DEFAULTS = {"height": 64, "width": 96, "num_frames": 17, "base_num_frames": 17, 
 error_at_open = error_at_plan = error_at_chunk = None
 chunks, pause_s, short_of_memory = 4, 0.0, False
 
+def memory_note(full):
+    return "denoising needs about 34.5 GiB" if full or short_of_memory else None
+
 class Progress:
     def stage(self, name): pass
     def window(self, index, count, calls): pass
@@ -36,7 +39,7 @@ class Plan(SimpleNamespace):
         return f"plan: {self.frames} frames"
 
 class Pipeline:
-    world = None
+    machine = SimpleNamespace(world=None, memory_note=lambda plan, full=False: memory_note(full))
 
     @classmethod
     def from_pretrained(cls, path, device="cuda", dtype=None, mode=None, vram=None, **options):
@@ -51,9 +54,6 @@ class Pipeline:
         if error_at_plan: raise error_at_plan
         settings = resolve(request, mode=self.mode, defaults=DEFAULTS, resolution_hint="540P")
         return Plan(settings=settings, calls=(2, 2), frames=4 * chunks, notes=settings.notes)
-
-    def memory_note(self, plan, full=False):
-        return "denoising needs about 34.5 GiB" if full or short_of_memory else None
 
     def identity(self, plan):
         return {"seed": plan.settings.seed}

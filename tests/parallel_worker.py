@@ -21,8 +21,8 @@ REQUESTS = {
 def render(device: str, dtype: torch.dtype, degrees: Degrees | None) -> dict[str, sf.Result]:
     pipe = sf.Pipeline.from_pretrained("tiny", device, dtype, mode="df", vae_dtype=torch.float32, degrees=degrees)
     results = {name: pipe(sf.Request(**request)) for name, request in REQUESTS.items()}
-    if pipe.world is not None:
-        pipe.world.close()
+    if pipe.machine.world is not None:
+        pipe.machine.world.close()
     return results
 
 

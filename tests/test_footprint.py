@@ -98,9 +98,9 @@ def test_a_plan_tells_its_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert long.tokens == 5 * 2 * 3
     sliding = pipe.plan(sf.Request(num_frames=33, base_num_frames=17, ar_step=6, **request))
     assert sliding.tokens == 5 * 2 * 3
-    needs = pipe.footprint(plan)
+    needs = pipe.machine.footprint(plan)
     assert needs.activations == activation_bytes(pipe.checkpoint.config, torch.float32, plan.tokens, 2)
-    assert pipe.memory_note(plan) is None
-    pipe.vram = 0.5
+    assert pipe.machine.memory_note(plan) is None
+    pipe.machine._vram = 0.5
     with pytest.raises(ValueError, match=r"^--vram 0\.5: this video needs at least"):
         pipe.plan(sf.Request(num_frames=17, **request))

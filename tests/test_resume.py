@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import GOLDEN
 
-from skyreels_fast import cli, media
+from skyreels_fast import _job, cli, media
 from skyreels_fast.dit.model import DiT
 from skyreels_fast.film import Film
 
@@ -80,7 +80,7 @@ def count_calls(path: Path) -> Callable[[], None]:
 
     def begin() -> None:
         calls = [0]
-        finish = cli._finish
+        finish = _job._finish
 
         def finish_and_tell(*args: object) -> int:
             code = finish(*args)
@@ -91,7 +91,7 @@ def count_calls(path: Path) -> Callable[[], None]:
         def tick(*_: object) -> None:
             calls[0] += 1
 
-        cli._finish = finish_and_tell
+        _job._finish = finish_and_tell
         sys.setprofile(tick)
 
     return begin

@@ -20,13 +20,20 @@ from .request import Settings
 _EDGE_BYTES = 2**20
 
 
-def identity(checkpoint: Checkpoint, settings: Settings, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def identity(
+    checkpoint: Checkpoint,
+    settings: Settings,
+    device: torch.device,
+    dtypes: Mapping[str, torch.dtype],
+    attention: str,
+) -> dict[str, Any]:
     """What decides about a run's frames, as JSON: weights by the edges of their files, inputs by their contents."""
     values = {f"model file {name}": _edges(path) for name, path in checkpoint.files().items()}
     for field in dataclasses.fields(settings):
         if field.name != "notes":
             values[field.name] = _comparable(field.name, getattr(settings, field.name))
-    return values | {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
+    precision = {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()}
+    return values | {"device": device.type, **precision, "attention": attention}
 
 
 def _comparable(name: str, value: Any) -> Any:

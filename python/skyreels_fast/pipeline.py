@@ -14,21 +14,21 @@ from torch import Tensor
 from . import media, ops
 from .checkpoint import Checkpoint
 from .conditions import Conditions, Contexts, History, image_channels, load_pictures
-from .config import LATENT_CHANNELS, MODES, PIXEL_MULTIPLE, VAE_STRIDE
+from .config import MODES, VAE_STRIDE
 from .dit.model import DiT
-from .footprint import GIB, Footprint, check_vram
+from .footprint import check_vram
 from .identity import identity
-from .parallel import Degrees, Layout, World, choose_layout, require
-from .parallel import Team as Sharing
-from .placement import Placement
+from .machine import Machine
+from .parallel import Degrees, require
 from .plan import Plan
 from .request import Request, Settings, resolve
 from .run import Run
 from .sampling.denoise import State, denoise
 from .sampling.teacache import TeaCacheSettings
-from .sampling.team import Alone, Team
+from .sampling.team import Team
 from .sampling.windows import Window
 from .stages import Clock, Progress
+from .start import starting_latents
 from .vae import VAE, SharedRows
 
 
@@ -68,16 +68,13 @@ class Pipeline:
         vae_dtype: torch.dtype | None = None,
         degrees: Degrees | None = None,
     ) -> None:
-        check_vram(vram, device, offload)
         self.checkpoint, self.device, self.dtype, self.mode = checkpoint, device, dtype, mode
-        self.offload, self.vram = offload, vram
-        self.attention = ops.choose_attention(attention, device, dtype)
-        self._backend, self._attend = attention, partial(ops.attention, backend=attention)
         self.vae_dtype = vae_dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        self.placement = Placement(device, offload=offload, vram_bytes=None if vram is None else int(vram * GIB))
+        self.machine = Machine(
+            checkpoint.config, device, dtype, offload=offload, vram=vram, attention=attention, degrees=degrees
+        )
+        self.placement = self.machine.placement
         self.conditions = Conditions(checkpoint, self.placement, dtype)
-        self.degrees = degrees
-        self.world = None if degrees is None else World.join(device)
         self._dit: DiT | None = None
         self._vae: VAE | None = None
 
@@ -143,41 +140,8 @@ class Pipeline:
         plan = Plan.of(settings, source_frames)
         self.conditions.check(settings, plan.guided)
         self._teacache(settings)
-        self.layout(plan)
-        if self.vram is not None:
-            self.footprint(plan).check(self.vram)
+        self.machine.check(plan)
         return plan
-
-    def layout(self, plan: Plan) -> Layout:
-        """Over which processes a plan is spread. Raises ValueError where it does not go as asked."""
-        if self.world is None:
-            return Layout()
-        return choose_layout(
-            self.degrees,
-            self.world.size,
-            heads=self.checkpoint.config.num_heads,
-            guided=plan.guided,
-            tokens_per_frame=_tokens_per_frame(plan),
-        )
-
-    def footprint(self, plan: Plan) -> Footprint:
-        """What denoising the plan needs of GPU memory, of each GPU if there are several."""
-        with torch.device("meta"):
-            dit = DiT(self.checkpoint.config)
-        layout = self.layout(plan)
-        branches, teacache = (1 + plan.guided) // layout.branches, plan.settings.teacache
-        return Footprint.of(dit, self.dtype, plan.tokens, branches, shards=layout.sequence, teacache=teacache)
-
-    def memory_note(self, plan: Plan, *, full: bool = False) -> str | None:
-        """One line where the GPU has less memory than the plan needs, or, with `full`, in any case; None otherwise."""
-        if self.device.type != "cuda":
-            return None
-        free, total = torch.cuda.mem_get_info(self.device)
-        needs, how = self.footprint(plan), {"offload": self.offload, "vram": self.vram}
-        if not full and needs.needed(**how) <= total:
-            return None
-        frames_flag = "--base_num_frames" if plan.settings.mode == "df" else "--num_frames"
-        return needs.advice(**how, total=total, free=free, frames_flag=frames_flag)
 
     def __call__(
         self,
@@ -201,8 +165,7 @@ class Pipeline:
             ValueError: a bad setting, or a run of another request, before any weight is loaded.
         """
         plan = request if isinstance(request, Plan) else self.plan(request)
-        leads = self.world is None or self.world.leads
-        saved = run if isinstance(run, Run) else Run(run if leads else None)
+        saved = run if isinstance(run, Run) else Run(run if self.machine.leads else None)
         if saved.directory is not None:
             saved.begin(self.identity(plan))
         result = Result(plan)
@@ -216,11 +179,13 @@ class Pipeline:
 
     def identity(self, plan: Plan) -> dict[str, Any]:
         """What decides about the frames of a plan on this pipeline, as JSON: see `Run.begin`."""
-        return identity(self.checkpoint, plan.settings, self.device, self.dtype)
+        dtypes = {"dtype": self.dtype, "vae_dtype": self.vae_dtype}
+        return identity(self.checkpoint, plan.settings, self.device, dtypes, self.machine.attention)
 
     @torch.no_grad()
     def _render(self, plan: Plan, result: Result, progress: Progress, run: Run, keep_latents: bool) -> Iterator[Tensor]:
-        settings, team = plan.settings, self._team(plan)
+        settings, machine = plan.settings, self.machine
+        team = machine.team(plan)
         clock = Clock(self.device, result.timings, progress)
         pictures = load_pictures(settings)
         with clock("text"):
@@ -229,7 +194,7 @@ class Pipeline:
             image = team.first(lambda: self.conditions.image_tokens(settings, pictures))
         with clock("load"):
             dit, vae = self._load()
-        needs = self.footprint(plan)
+        needs = machine.footprint(plan)
         contexts = Contexts(lambda text: dit.encode_context(text.to(self.device), image))
         noise, condition_noise = (torch.Generator(self.device).manual_seed(settings.seed + i) for i in (0, 1))
         history = History(settings.overlap_history or 0)
@@ -243,8 +208,10 @@ class Pipeline:
         for index, window in list(enumerate(plan.windows))[done:]:
             with clock("encode"):
                 shared = team.rows(settings.height // VAE_STRIDE[1])
-                initial = team.first(partial(self._begin, vae, settings, window, pictures, history, noise))
-                channels = self._channels(vae, settings, window, pictures, team, shared)
+                with self.placement.use(vae):
+                    start = partial(starting_latents, vae, settings, window, pictures, history, noise, self.dtype)
+                    initial = team.first(start)
+                    channels = self._channels(vae, settings, window, pictures, team, shared)
             state, noise_state = team.first(partial(_state, run, index, condition_noise))
             condition_noise.set_state(noise_state)
             progress.window(index, len(plan.windows), plan.calls[index] - (state.row if state else 0))
@@ -266,8 +233,8 @@ class Pipeline:
                     causal_block_size=settings.causal_block_size if settings.causal_attention else None,
                     blocks=self.placement.blocks(dit),
                     attend=team.attend,
-                    attend_context=self._attend,
-                    past_bytes=self._spare_bytes(needs, team),
+                    attend_context=machine.attend,
+                    past_bytes=machine.spare_bytes(needs, team),
                     team=team,
                     on_step=lambda _row: progress.step(),
                     state=state,
@@ -286,11 +253,6 @@ class Pipeline:
                     yield frames
             run.put_out(index, history)
 
-    def _team(self, plan: Plan) -> Team:
-        if self.world is None:
-            return Alone(self._attend)
-        return Sharing(self.world, self.layout(plan), _tokens_per_frame(plan), self._backend)
-
     def _load(self) -> tuple[DiT, VAE]:
         """The DiT and the VAE, each in its dtype; kept for the next request."""
         if self._dit is None or self._vae is None:
@@ -302,20 +264,6 @@ class Pipeline:
                 vae.lay_out()
             self._dit, self._vae = dit.eval(), vae.eval()
         return self._dit, self._vae
-
-    def _begin(
-        self,
-        vae: VAE,
-        settings: Settings,
-        window: Window,
-        pictures: dict[str, Tensor],
-        history: History,
-        noise: torch.Generator,
-    ) -> Tensor:
-        """The latents that a window starts from."""
-        with self.placement.use(vae):
-            prefix, end = self._given(vae, window, pictures, history)
-        return self._initial(settings, window, prefix, end, noise)
 
     def _channels(
         self,
@@ -329,44 +277,8 @@ class Pipeline:
         """What an I2V model is given beside the latents."""
         if settings.mode != "i2v":
             return None
-        with self.placement.use(vae):
-            encode = partial(image_channels, vae, pictures["image"], window.latents, shared)
-            return team.first(encode) if shared is None else encode()
-
-    def _given(
-        self, vae: VAE, window: Window, pictures: dict[str, Tensor], history: History
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Latents held through a window: of earlier frames or the image at its start, of the end image at its end."""
-        prefix = end = None
-        if window.prefix and history.frames:
-            prefix = vae.encode_stream(history.chunks())
-        elif window.prefix:
-            prefix = vae.encode(pictures["image"])
-        if window.end:
-            end = vae.encode(pictures["end_image"])
-        return prefix, end
-
-    def _initial(
-        self, settings: Settings, window: Window, prefix: Tensor | None, end: Tensor | None, noise: torch.Generator
-    ) -> Tensor:
-        """Noise [1, 16, F, h, w] in float32 with the given latents in place, the end image's appended."""
-        shape = (window.latents, settings.height // VAE_STRIDE[1], settings.width // VAE_STRIDE[2])
-        # Diffusion forcing draws in the model's dtype: the seed's frames depend on it.
-        dtype = self.dtype if settings.mode == "df" else torch.float32
-        latents = torch.randn(LATENT_CHANNELS, *shape, generator=noise, dtype=dtype, device=self.device)[None].float()
-        if prefix is not None:
-            latents[:, :, : window.prefix] = prefix
-        return latents if end is None else torch.cat([latents, end], dim=2)
-
-    def _spare_bytes(self, needs: Footprint, team: Team) -> int | None:
-        """GPU memory that every process may fill for speed alone, a tenth of it left for all else; None: no limit."""
-        if self.device.type != "cuda":
-            return None
-        if self.vram is not None:
-            return team.least(max(0, int(self.vram * GIB) - needs.total))
-        free, total = torch.cuda.mem_get_info(self.device)
-        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return team.least(max(0, free + cached - total // 10))
+        encode = partial(image_channels, vae, pictures["image"], window.latents, shared)
+        return team.first(encode) if shared is None else encode()
 
     def _teacache(self, settings: Settings) -> TeaCacheSettings | None:
         if not settings.teacache:
@@ -397,10 +309,6 @@ def _mode(checkpoint: Checkpoint, asked: str | None) -> str | None:
 def _state(run: Run, index: int, condition_noise: torch.Generator) -> tuple[State | None, Tensor]:
     """Where window `index` was left, and what the generator's state is then."""
     return run.state(index), condition_noise.get_state()
-
-
-def _tokens_per_frame(plan: Plan) -> int:
-    return plan.settings.height * plan.settings.width // PIXEL_MULTIPLE**2
 
 
 def _vae_of(checkpoint: Checkpoint) -> VAE:
