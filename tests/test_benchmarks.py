@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import rel_l2
 
-from benchmarks import cases, harness, ops, vae_layers
+from benchmarks import cases, harness, ops, products, vae_layers
 from benchmarks.correctness import RedError, require_within_twice
 from benchmarks.harness import Timing
 from skyreels_fast.ops import residual_reuse
@@ -207,3 +207,29 @@ def test_host_memory_that_grows_is_a_failure(tmp_path: Path, monkeypatch: pytest
         ("hostmemory", 289, 1040.0),
     ]
     assert "--overlap_history" in asked
+
+
+def test_every_way_to_take_a_product_gives_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+    monkeypatch.setattr(products, "WIDTHS", {"1.3B": (16, 24)})
+    file = tmp_path / "rows.jsonl"
+    words = ["--tokens", "12", "--seconds", "0.01", "--dtype", "float32", "--device", "cpu", "--out", str(file)]
+    assert products.main(words) == 0
+    rows = harness.read(file)
+    assert {(row["op"], row["impl"]) for row in rows if row["chosen"]} == {
+        ("q, k, v", "three products"), ("square", "linear"), ("feed-forward", "3 chunks")
+    }  # fmt: skip
+    assert len(capsys.readouterr().out.splitlines()) == len(rows) + 1
+    assert all(row.keys() >= COMMON and row["tflops"] > 0 for row in rows)
+
+
+def test_the_ways_to_take_a_product_agree() -> None:
+    torch.manual_seed(0)
+    outs: dict[str, list[torch.Tensor]] = {}
+    for form in products.forms_of(12, 16, 24, CPU, torch.float64):
+        out = form.run()
+        if isinstance(out, (list, torch.Tensor)):
+            outs.setdefault(form.op, []).append(torch.cat(out, 1) if isinstance(out, list) else out)
+    assert {op: len(found) for op, found in outs.items()}["q, k, v"] == 2
+    for found in outs.values():
+        for other in found[1:]:
+            torch.testing.assert_close(other, found[0])
