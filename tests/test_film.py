@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import skyreels_fast as sf
-from skyreels_fast import media
+from skyreels_fast import _encoder, media
 from skyreels_fast.film import Film, Mark
 
 
@@ -163,3 +163,24 @@ def test_a_source_that_breaks_off_is_told(tmp_path: Path, pipelines: dict[str, s
     assert 5 < broken.source_frames < 60
     fault = f"is broken off or damaged after {broken.source_frames} of about 90 frames, and is extended from there"
     assert broken.notes == (f"video={str(path)!r}: {fault}",)
+
+
+def test_an_encoder_that_outlives_its_program_disturbs_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may even open its file when another one is at work already."""
+    late = tmp_path / "late"
+    late.write_text(f'#!/bin/sh\nwhile [ ! -e "{tmp_path}/go" ]; do sleep 0.05; done\n'
+                    f'exec "{imageio_ffmpeg.get_ffmpeg_exe()}" "$@"\n')  # fmt: skip
+    late.chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setattr(_encoder, "check_encoder", lambda: str(late))
+        killed = film_in(tmp_path)
+        killed.write(FRAMES[:4])
+    film = film_in(tmp_path)
+    write(film, 0, 32)
+    (tmp_path / "go").touch()
+    killed._writer.close()
+    write(film, 32, 36)
+    film.close()
+    write(unbroken := Film(tmp_path / "unbroken.mp4", 24, 64, 96, tmp_path), 0, 36)
+    unbroken.close()
+    assert np.array_equal(shown(film.path), shown(unbroken.path))

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+UNFINISHED = re.compile(r"\.\d+\.\w+")  # what a kill leaves of a file being written
+
+
+def unfinished(folder: Path, suffix: str) -> Path:
+    """A new file's name that nobody else writes to, not even an ffmpeg that outlives its killed program."""
+    return folder / f".{time.time_ns()}{os.getpid()}{suffix}"
+
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write or replace a file; when this returns it has reached the disk. Raises OSError, the old file untouched."""
-    unfinished = path.parent / f".{os.getpid()}{path.suffix}"
+    new = unfinished(path.parent, path.suffix)
     try:
-        with open(unfinished, "wb") as file:
+        with open(new, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        os.replace(new, path)
         sync_folder(path.parent)
     finally:
-        unfinished.unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -51,7 +51,11 @@ class VideoWriter:
             start_new_session=True,
         )
         self._broken = self._closed = False
-        self._chunks: queue.Queue[np.ndarray | None] = queue.Queue(QUEUED_CHUNKS)
+        # An exception that a signal raises may leave a queue.Queue locked for good; a SimpleQueue it cannot.
+        self._chunks = queue.SimpleQueue[np.ndarray | None]()
+        self._room = queue.SimpleQueue[None]()  # as many items as chunks may still be queued
+        for _ in range(QUEUED_CHUNKS):
+            self._room.put(None)
         # A thread is out of reach of KeyboardInterrupt, so no frame is ever written by half.
         self._feeder = threading.Thread(target=self._feed, name="video writer", daemon=True)
         self._feeder.start()
@@ -65,11 +69,12 @@ class VideoWriter:
             raise ValueError(f"frames: {array.dtype} {list(array.shape)} is not uint8 [n, {str(self._shape)[1:-1]}]")
         if self._broken:
             self.close()
+        self._room.get()
         self._chunks.put(array)
 
     def close(self) -> None:
         """Finish the file; does nothing the second time."""
-        if self._closed:
+        if self._log.closed:
             return
         self._closed = True
         self._chunks.put(None)
@@ -101,6 +106,7 @@ class VideoWriter:
                     self.frames += len(chunk)
                 except OSError:
                     self._broken = True
+            self._room.put(None)
         try:
             pipe.close()
         except OSError:

@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ._flags import with_flags
 from ._resume import notes, resume_line
 from ._sidecar import Record
+from ._signals import Stopped, handle_signals
 from ._values import UsageError
 
 if TYPE_CHECKING:
@@ -25,10 +25,6 @@ if TYPE_CHECKING:
     from .pipeline import Pipeline
     from .plan import Plan
     from .run import Run
-
-
-class _Stopped(KeyboardInterrupt):
-    """SIGTERM or SIGHUP has come."""
 
 
 @dataclass
@@ -206,19 +202,6 @@ def follow(part: Part) -> int:
     return 0
 
 
-def handle_signals(handler: Any) -> dict[int, Any]:
-    """Set the handler of SIGTERM and SIGHUP unless they are ignored, as under nohup; those that were."""
-    if threading.current_thread() is not threading.main_thread():
-        return {}
-    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
-    return {number: signal.signal(number, handler) for number in numbers}
-
-
-def stop(number: int, _frame: object) -> None:
-    handle_signals(signal.SIG_IGN)  # the second shall not disturb the first's cleaning up
-    raise _Stopped(number)
-
-
 def interrupted(program: str, error: KeyboardInterrupt) -> int:
     code = _code_of(error)
     say(program, "interrupted" if code == 128 + signal.SIGINT else f"stopped by {signal.Signals(code - 128).name}")
@@ -226,7 +209,7 @@ def interrupted(program: str, error: KeyboardInterrupt) -> int:
 
 
 def _code_of(error: KeyboardInterrupt) -> int:
-    return 128 + (error.args[0] if isinstance(error, _Stopped) else signal.SIGINT)
+    return 128 + (error.args[0] if isinstance(error, Stopped) else signal.SIGINT)
 
 
 def one_line(error: BaseException) -> str:

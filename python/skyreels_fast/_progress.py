@@ -24,6 +24,12 @@ SPOKEN = ("text", "load")
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
+class _Bar(tqdm):
+    """A bar without a thread that watches over it: Ctrl-C in the midst of a bar would have that thread wait forever."""
+
+    monitor_interval = 0
+
+
 class ConsoleProgress(Progress):
     """Bars for the window and for the whole, with seconds a step and time left.
 
@@ -123,7 +129,7 @@ class ConsoleProgress(Progress):
         return f"{pace:.2f} s a step, {tqdm.format_interval(left)} left"
 
     def _bar(self, position: int, total: int) -> tqdm:
-        return tqdm(total=total, position=position, file=self._stream, bar_format=BAR, dynamic_ncols=True)
+        return _Bar(total=total, position=position, file=self._stream, bar_format=BAR, dynamic_ncols=True, miniters=1)
 
     def _line(self, text: str) -> None:
         self._last_line = self._clock()

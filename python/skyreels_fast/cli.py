@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ._flags import PROGRAMS, check_together, parser, request_values, with_flags
-from ._job import Job, Part, begin, follow, handle_signals, interrupted, one_line, render, say, stop
+from ._job import Job, Part, begin, follow, interrupted, one_line, render, say
 from ._resume import begun_with, check_no_run, resumed, run_directory
 from ._sidecar import Record, describe_run, repeated_flags
+from ._signals import handle_signals, stop
 from ._values import UsageError, device_name, own_device
 from .request import Request
 
@@ -40,7 +41,7 @@ def generate_video(argv: list[str] | None = None) -> int:
 def _run(mode: str, argv: list[str] | None) -> int:
     names, called = PROGRAMS[mode], Path(sys.argv[0]).name
     program = called if called in names else names[0]
-    old = handle_signals(stop)
+    old = handle_signals(stop, signal.SIGINT)
     try:
         job = _prepare(program, mode, sys.argv[1:] if argv is None else argv)
         if isinstance(job, int):

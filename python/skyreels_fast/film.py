@@ -16,10 +16,9 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ._durable import sync_folder
+from ._durable import sync_folder, unfinished
 from ._encoder import VideoError, VideoWriter, frame_rate, make_plain
-
-PARTS = _TAKE, _PLAIN = "take.mp4", "plain.mp4"  # what a film has in its folder for a while
+from ._signals import Held
 
 
 class Mark(NamedTuple):
@@ -37,6 +36,8 @@ class Film:
 
     folder: where the current take and, at the end, the plain copy lie. The first write drops any older file, or what
     comes after the cut to `go_on` from.
+
+    A signal that stops the run waits until a method is done.
 
     Attributes: begun, whether the file is this film's; frames, those of earlier takes and those that ffmpeg has been
         given of this one.
@@ -61,19 +62,19 @@ class Film:
         self._mark, self.begun = mark, True
         return True
 
+    @Held()
     def write(self, frames: Tensor | np.ndarray) -> None:
         """Append uint8 frames [n, H, W, 3]. Raises VideoError when ffmpeg stops, OSError when the disk is full."""
         if self._file is None:
             self._file = _opened(self.path, self._mark.bytes)
             self.begun = True
         if self._writer is None:
-            source = self._folder / _TAKE
-            source.unlink(missing_ok=True)  # an ffmpeg whose program was killed may still write to it
-            self._writer = VideoWriter(source, self._fps, self._height, self._width)
-            self._take = _Take(source, self._mark, self._fps)
+            self._take = _Take(unfinished(self._folder, ".mp4"), self._mark, self._fps)
+            self._writer = VideoWriter(self._take.path, self._fps, self._height, self._width)
         self._writer.write(frames)
         self._move_on()
 
+    @Held()
     def cut(self) -> Mark:
         """End the take, have it reach the disk, and say where the film stands. Raises as `write` does."""
         if self._writer is None:
@@ -81,15 +82,17 @@ class Film:
         try:
             self._writer.close()
         finally:
-            frames = self.frames
-            self._writer = None
-            self._move_on()
-            (self._folder / _TAKE).unlink(missing_ok=True)
-            self._mark = Mark(self._file.tell(), frames, self._take.fragments)
-            self._take = None
+            frames, self._writer = self.frames, None
+            try:
+                self._move_on()
+            finally:
+                self._take.path.unlink(missing_ok=True)
+                self._mark = Mark(self._file.tell(), frames, self._take.fragments)
+                self._take = None
         os.fsync(self._file.fileno())
         return self._mark
 
+    @Held()
     def close(self) -> None:
         """End the take and the file; does nothing the second time. Raises as `write` does."""
         try:
@@ -101,7 +104,7 @@ class Film:
 
     def make_plain(self) -> None:
         """Replace the closed file by the same pictures with one index. VideoError or OSError if it has to stay."""
-        plain = self._folder / _PLAIN
+        plain = unfinished(self._folder, ".mp4")
         try:
             make_plain(self.path, plain)
             with open(plain, "rb") as file:
@@ -141,7 +144,7 @@ class _Take:
     """The file that ffmpeg is writing, read as far as its fragments are whole."""
 
     def __init__(self, path: Path, before: Mark, fps: float) -> None:
-        self._path, self._position = path, 0
+        self.path, self._position = path, 0
         self._before, self._rate = before, frame_rate(fps)
         self.fragments = before.fragments
         self._own = self._moof = b""
@@ -158,13 +161,13 @@ class _Take:
             elif kind == b"moof":
                 self._moof = box
             elif kind == b"mdat":
+                yield _moved(self._moof, self.fragments + 1, self._ticks) + box
                 self.fragments += 1
-                yield _moved(self._moof, self.fragments, self._ticks) + box
 
     def _boxes(self) -> Iterator[tuple[bytes, bytes]]:
-        if not self._path.exists():
+        if not self.path.exists():
             return
-        with open(self._path, "rb") as file:
+        with open(self.path, "rb") as file:
             length = os.fstat(file.fileno()).st_size
             while self._position + 8 <= length:
                 file.seek(self._position)
@@ -172,8 +175,8 @@ class _Take:
                 if size < 8 or self._position + size > length:
                     return
                 file.seek(self._position)
-                self._position += size
                 yield kind, file.read(size)
+                self._position += size  # only now: what could not be appended comes again
 
 
 def _opened(path: Path, length: int) -> BinaryIO:

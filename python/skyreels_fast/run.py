@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ._durable import write_json, write_whole
-from .film import PARTS
+from ._durable import UNFINISHED, write_json, write_whole
+from ._signals import Held
 from .identity import difference
 from .sampling.denoise import State
 
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 SAVE_EVERY_S = 60.0
 _MANIFEST, _STEPS, _LOCK = "run.json", "steps.safetensors", "lock"
-_UNFINISHED = re.compile(r"\.\d+\.\w+")  # what a kill left of a file being written
 _HISTORY = re.compile(r"history-\d+\.safetensors")
 
 
@@ -154,6 +153,7 @@ class Run:
         """What `denoise` shall hand its states to: keeps the last of window `index`, others now and then."""
         return None if self.directory is None else lambda state: self._keep(index, rows, state)
 
+    @Held()
     def put_out(self, index: int, history: History) -> None:
         """All frames of window `index` have been taken: note it, with what the next window begins with."""
         if self.outlet is None or self.directory is None:
@@ -227,8 +227,8 @@ class Run:
         """Read run.json, or write `manifest` to it where there is none."""
         folder, path = self.directory, self.directory / _MANIFEST
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = [name for name in os.listdir(folder) if _UNFINISHED.fullmatch(name)]
-        if not path.exists() and {*os.listdir(folder)} - {_LOCK, *PARTS, *unfinished}:
+        unfinished = [name for name in os.listdir(folder) if UNFINISHED.fullmatch(name)]
+        if not path.exists() and {*os.listdir(folder)} - {_LOCK, *unfinished}:
             raise RunError(f"{folder} holds other files and no run: choose another folder")
         self._take_lock()
         for name in unfinished:

@@ -1,0 +1,138 @@
+"""A signal at any moment, also in the midst of handing frames to ffmpeg: nothing waits forever, nothing is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from skyreels_fast import media
+from skyreels_fast._signals import Held, Stopped, stop
+from skyreels_fast.film import Film
+
+FRAMES = np.arange(0, 240, 20, dtype=np.uint8)[:, None, None, None] * np.ones((1, 16, 16, 3), np.uint8)
+HANG_S = 30
+
+
+class _Hangs(Exception):
+    """What should have ended long ago has not."""
+
+
+@pytest.fixture(autouse=True)
+def no_hanging() -> Iterator[None]:
+    """A test that waits for what never comes fails."""
+
+    def give_up(*_: object) -> None:
+        raise _Hangs
+
+    old = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(HANG_S)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, old)
+
+
+def happens(event: int, act: Callable[[], None], during: Callable[[], None]) -> bool:
+    """Have `act` happen at the `event`-th call or return of `during`; False where it has fewer."""
+    left = [event]
+
+    def tick(*_: object) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            sys.setprofile(None)
+            act()
+
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.setprofile(tick)
+        during()
+        sys.setprofile(None)
+    return left[0] <= 0
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_writer_interrupted_anywhere_can_be_closed(tmp_path: Path) -> None:
+    path = tmp_path / "out.mp4"
+    for event in itertools.count(1):
+        writer = media.VideoWriter(path, 24, 16, 16)
+        happened = happens(event, interrupt, lambda writer=writer: writer.write(FRAMES[:4]))
+        writer.close()
+        assert writer.frames in (0, 4)
+        assert media.playable_frames(path) == writer.frames
+        if not happened:
+            break
+    assert event > 5
+
+
+@pytest.fixture
+def handled() -> Iterator[None]:
+    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handle_all()
+    yield
+    for number, handler in old.items():
+        signal.signal(number, handler)
+
+
+def handle_all() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_waits_for_what_must_not_be_left_by_half(handled: None, number: int) -> None:
+    done = []
+    with pytest.raises(Stopped) as stopped, Held():
+        with Held():
+            signal.raise_signal(number)
+            done.append("inner")
+        done.append("outer")
+    assert (done, stopped.value.args) == (["inner", "outer"], (number,))
+    with Held():
+        done.append("nothing is left to be raised")
+
+
+def test_without_anything_held_a_signal_is_raised_at_once_and_no_second_one_disturbs(handled: None) -> None:
+    with pytest.raises(Stopped):
+        signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGHUP)
+
+
+def test_a_second_ctrl_c_does_not_wait(handled: None) -> None:
+    done = []
+    with pytest.raises(Stopped), Held():
+        signal.raise_signal(signal.SIGINT)
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+            done.append("waited")
+    assert done == []
+
+
+def test_a_film_stopped_anywhere_has_every_frame_it_was_given(tmp_path: Path, handled: None) -> None:
+    path, begun = tmp_path / "out.mp4", []
+    for event in itertools.count(1, 41):  # not every moment: each costs two ffmpegs
+        film = Film(path, 24, 16, 16, tmp_path)
+        film.write(FRAMES[:4])
+
+        def go_on(film: Film = film) -> None:
+            film.cut()
+            film.write(FRAMES[4:8])
+            film.write(FRAMES[8:])
+
+        handle_all()
+        happened = happens(event, lambda: signal.raise_signal(signal.SIGINT), go_on)
+        film.close()
+        begun.append(film.frames)
+        assert media.playable_frames(path) == film.frames
+        assert [file.name for file in tmp_path.iterdir()] == ["out.mp4"]
+        if not happened:
+            break
+    assert begun == sorted(begun)
+    assert set(begun) == {4, 8, 12}
