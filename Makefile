@@ -21,6 +21,10 @@ PACKAGE_FILES := $(shell find python -type f -not -path '*/__pycache__/*')
 # The install for tests is editable, so that it serves the demo too.
 INSTALLED := $(if $(wildcard $(VENV)/.for-test),$(VENV)/.for-test,$(VENV)/.for-demo)
 
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow"
+# Its commands are forked from the tests' process, which must have run nothing else, as a command's own has not.
+ALONE := tests/test_resume.py
+
 .PHONY: demo test clean
 
 demo: $(INSTALLED)
@@ -30,7 +34,8 @@ demo: $(INSTALLED)
 
 test: $(VENV)/.for-test
 	$(BIN)/ruff check .
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not slow" $(PYTEST_ARGS)
+	$(PYTEST) -n 2 --dist loadfile --ignore $(ALONE) $(PYTEST_ARGS)
+	$(PYTEST) $(ALONE)
 
 $(VENV)/.for-demo: $(VENV)/.torch $(BUILD_FILES) $(PACKAGE_FILES)
 	$(PIP) install .
