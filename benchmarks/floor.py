@@ -42,10 +42,6 @@ def block_flops(config: TransformerConfig, grid: tuple[int, int, int], block: in
     return products, 4 * config.dim * (seen * per_frame**2 + tokens * context)
 
 
-def forward_tflop(config: TransformerConfig, grid: tuple[int, int, int], block: int | None = None) -> float:
-    return config.num_layers * sum(block_flops(config, grid, block)) / 1e12
-
-
 def forward_ms(
     config: TransformerConfig, grid: tuple[int, int, int], block: int | None = None, *, gpu: str
 ) -> float | None:

@@ -51,7 +51,6 @@ _UNUSED = re.compile(r"blocks\.\d+\.attn2\.norm_added_q\..*")
 
 _VAE = {"quant_conv": "conv1", "post_quant_conv": "conv2"}
 _VAE_HALF = {"conv_in": "conv1", "norm_out": "head.0", "conv_out": "head.2"}
-_VAE_PATH = re.compile(r"((?:down_blocks\.\d+|(?:up_blocks\.\d+|mid_block)\.[a-z]+\.\d+)\.)(.+)")
 _VAE_BLOCK = {
     "norm1": "residual.0",
     "conv1": "residual.2",

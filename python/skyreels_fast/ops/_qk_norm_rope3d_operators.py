@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,12 @@ from skyreels_fast.ops import _qk_norm_rope3d_kernels as triton_kernels
 from skyreels_fast.ops._dispatch import current_stream, extension
 
 Grid = tuple[int, int, int]
+
+# Of both operators, in the order in which `_launch_rope` takes them.
+_OPTIONS = (
+    "Tensor q_weight, Tensor k_weight, SymInt[] grid, SymInt[] token_range, SymInt frame_offset, float theta, "
+    "float eps, str backend"
+)
 
 
 def axis_angles(length: int, start: int, pairs: int, theta: float, device: torch.device) -> Tensor:
@@ -81,23 +88,11 @@ def qk_norm(x: Tensor, weight: Tensor, eps: float, backend: str) -> Tensor:
 @torch.library.custom_op(
     "skyreels_fast::qk_norm_rope3d",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, SymInt[] grid, SymInt[] token_range,"
-    " SymInt frame_offset, float theta, float eps, str backend) -> (Tensor, Tensor)",
+    schema=f"(Tensor q, Tensor k, {_OPTIONS}) -> (Tensor, Tensor)",
 )
-def qk_norm_rope3d(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    grid: list[int],
-    token_range: list[int],
-    frame_offset: int,
-    theta: float,
-    eps: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def qk_norm_rope3d(q: Tensor, k: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     outs = _like(q), _like(k)
-    _launch_rope(outs, q, k, q_weight, k_weight, grid, token_range, frame_offset, theta, eps, backend)
+    _launch_rope(outs, q, k, *options)
     return outs
 
 
@@ -134,22 +129,9 @@ def _launch_rope(
 @torch.library.custom_op(
     "skyreels_fast::qk_norm_rope3d_",
     mutates_args=("q", "k"),
-    schema="(Tensor(a!) q, Tensor(b!) k, Tensor q_weight, Tensor k_weight, SymInt[] grid, SymInt[] token_range,"
-    " SymInt frame_offset, float theta, float eps, str backend) -> ()",
+    schema=f"(Tensor(a!) q, Tensor(b!) k, {_OPTIONS}) -> ()",
 )
-def qk_norm_rope3d_(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    grid: list[int],
-    token_range: list[int],
-    frame_offset: int,
-    theta: float,
-    eps: float,
-    backend: str,
-) -> None:
-    options = (q_weight, k_weight, grid, token_range, frame_offset, theta, eps, backend)
+def qk_norm_rope3d_(q: Tensor, k: Tensor, *options: Any) -> None:
     if q.is_contiguous() and k.is_contiguous():
         _launch_rope((q, k), q, k, *options)
     else:

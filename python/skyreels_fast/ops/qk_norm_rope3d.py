@@ -18,6 +18,7 @@ where a gradient is asked for and for what kernels do not take.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,20 +167,36 @@ def qk_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, backend: str | None
     return qk_norm_ref(x, weight, eps=eps, math_dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
 
 
-def _checked(
+def _norm_rope(
     q: Tensor,
     k: Tensor,
     q_weight: Tensor,
     k_weight: Tensor,
     grid: Grid,
-    token_range: tuple[int, int] | None,
-    backend: str | None,
-) -> str:
+    *,
+    in_place: bool,
+    eps: float = 1e-6,
+    frame_offset: int = 0,
+    token_range: tuple[int, int] | None = None,
+    theta: float = 10000.0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
     name = "qk_norm_rope3d"
     _check_norm(name, "q", q, q_weight)
     _check_norm(name, "k", k, k_weight)
     _check_grid(name, q, k, grid, token_range)
-    return _choose(name, backend, q, k, q_weight, k_weight)
+    backend = _choose(name, backend, q, k, q_weight, k_weight)
+    if backend != "ref":
+        tokens = token_range or (0, grid[1] * grid[2])
+        arguments = (q, k, q_weight, k_weight, grid, tokens, frame_offset, theta, eps, backend)
+        if not in_place:
+            return operators.qk_norm_rope3d(*arguments)
+        operators.qk_norm_rope3d_(*arguments)
+        return q, k
+    places = {"frame_offset": frame_offset, "token_range": token_range, "theta": theta}
+    math_dtype = torch.promote_types(q.dtype, torch.float32)
+    outs = qk_norm_rope3d_ref(q, k, q_weight, k_weight, tuple(grid), eps=eps, math_dtype=math_dtype, **places)
+    return (q.copy_(outs[0]), k.copy_(outs[1])) if in_place else outs
 
 
 def qk_norm_rope3d(
@@ -202,34 +219,13 @@ def qk_norm_rope3d(
     shard's. Returns (q, k) of the given shape and dtype. Raises ValueError for shapes that do not fit, or a backend
     that is not there or does not take them.
     """
-    backend = _checked(q, k, q_weight, k_weight, grid, token_range, backend)
-    if backend != "ref":
-        tokens = token_range or (0, grid[1] * grid[2])
-        return operators.qk_norm_rope3d(q, k, q_weight, k_weight, grid, tokens, frame_offset, theta, eps, backend)
-    places = {"frame_offset": frame_offset, "token_range": token_range, "theta": theta}
-    math_dtype = torch.promote_types(q.dtype, torch.float32)
-    return qk_norm_rope3d_ref(q, k, q_weight, k_weight, tuple(grid), eps=eps, math_dtype=math_dtype, **places)
+    options = {"eps": eps, "frame_offset": frame_offset, "token_range": token_range, "theta": theta, "backend": backend}
+    return _norm_rope(q, k, q_weight, k_weight, grid, in_place=False, **options)
 
 
 def qk_norm_rope3d_(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    grid: Grid,
-    *,
-    eps: float = 1e-6,
-    frame_offset: int = 0,
-    token_range: tuple[int, int] | None = None,
-    theta: float = 10000.0,
-    backend: str | None = None,
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, grid: Grid, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """`qk_norm_rope3d` written over q and k, which are returned: for inference, without memory of its own."""
-    backend = _checked(q, k, q_weight, k_weight, grid, token_range, backend)
-    if backend != "ref":
-        tokens = token_range or (0, grid[1] * grid[2])
-        operators.qk_norm_rope3d_(q, k, q_weight, k_weight, grid, tokens, frame_offset, theta, eps, backend)
-        return q, k
-    places = {"frame_offset": frame_offset, "token_range": token_range, "theta": theta}
-    outs = qk_norm_rope3d(q, k, q_weight, k_weight, grid, eps=eps, backend=backend, **places)
-    return q.copy_(outs[0]), k.copy_(outs[1])
+    """`qk_norm_rope3d`, with its options, written over q and k, which are returned: for inference, without memory of
+    its own."""
+    return _norm_rope(q, k, q_weight, k_weight, grid, in_place=True, **options)
