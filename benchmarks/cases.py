@@ -81,7 +81,7 @@ def _case(module: Any, op: str, args: Args, cost: tuple[int, int], grid: Grid, *
     function = getattr(module, op)
     defaults = {
         "parts": lambda: _frames(args, grid),
-        "backends": [name for name in _backends(module, op, x.device.type) if name != "ref"],
+        "backends": [name for name in _backends(module, x.device.type) if name != "ref"],
         "eager": ("ref", lambda: function(**args, backend="ref")),
     }
     described = {"op": op, "variant": variant, "shape": tuple(x.shape), "frames": grid[0]}
@@ -90,10 +90,8 @@ def _case(module: Any, op: str, args: Args, cost: tuple[int, int], grid: Grid, *
     return Case(**described, function=function, reference=reference, **{**defaults, **given})
 
 
-def _backends(module: Any, op: str, device_type: str) -> list[str]:
+def _backends(module: Any, device_type: str) -> list[str]:
     offered = getattr(module, "BACKENDS", ("cuda", "triton", "ref"))
-    if op in offered:  # a room whose ops have not the same
-        offered = offered[op]
     present = _dispatch.available(device_type)
     return [name for name in offered if name in present or name not in ("cuda", "triton", "ref")]
 
@@ -188,7 +186,7 @@ def attention(grid: Grid, dim: int, head_dim: int, dtype: torch.dtype, device: t
     # As qk_norm_rope3d leaves q and k: of about unit size; v is a view of the fused product.
     q, k = (_draw(device, dtype, *shape) for _ in range(2))
     v = _draw(device, dtype, 1, tokens, 3, heads, head_dim).unbind(2)[2]
-    backends = [name for name in _backends(room, "attention", device.type) if name != "ref"]
+    backends = [name for name in _backends(room, device.type) if name != "ref"]
     if heads * tokens**2 * 4 <= SCORES_LIMIT:
         backends.append("ref")
     block = max(1, grid[0] // 5) * per_frame  # five blocks, as for asynchronous videos

@@ -11,7 +11,10 @@ from conftest import golden_directory, load_golden
 import skyreels_fast as sf
 from benchmarks.models import config
 from skyreels_fast.footprint import GIB, OVERHEAD_BYTES, Footprint, activation_bytes, check_vram
+from skyreels_fast.machine import Machine
+from skyreels_fast.media import to_uint8
 from skyreels_fast.pipeline import DiT
+from skyreels_fast.vae import tiles
 
 TOKENS = 25 * 34 * 60
 
@@ -104,3 +107,20 @@ def test_a_plan_tells_its_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     pipe.machine._vram = 0.5
     with pytest.raises(ValueError, match=r"^--vram 0\.5: this video needs at least"):
         pipe.plan(sf.Request(num_frames=17, **request))
+
+
+def test_a_small_budget_decodes_in_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On into a second window too, whose beginning is encoded from what the tiles gave."""
+    pipe = sf.Pipeline.from_pretrained(golden_directory("df", tmp_path), device="cpu", dtype=torch.float32, mode="df")
+    text = load_golden("text")
+    values = {"context": text["cond"], "negative_context": text["uncond"], "height": 192, "width": 128, "seed": 3}
+    values |= {"num_frames": 13, "base_num_frames": 9, "overlap_history": 5, "inference_steps": 1}
+    whole = pipe(sf.Request(**values))
+    assert pipe.machine.decode_bytes(pipe._dit, pipe._vae) is None
+    budget = tiles.decode_bytes(pipe._vae, (1, 16, 3, 16, 16))
+    monkeypatch.setattr(Machine, "decode_bytes", lambda *_: budget)
+    tiled = pipe(sf.Request(**values))
+    assert torch.equal(tiled.latents[0], whole.latents[0]) and not torch.equal(tiled.frames, whole.frames)
+    assert tiled.frames.shape == whole.frames.shape
+    pieces = pipe._vae.decode_stream(tiled.latents[0], budget)
+    assert torch.equal(tiled.frames[:9], torch.cat([to_uint8(piece[0]) for piece in pieces]))

@@ -19,7 +19,7 @@ from benchmarks.models import config
 from skyreels_fast import host_memory
 from skyreels_fast.checkpoint import fill
 from skyreels_fast.encoders.text import TextEncoder
-from skyreels_fast.footprint import GIB, activation_bytes
+from skyreels_fast.footprint import GIB, OVERHEAD_BYTES, activation_bytes
 from skyreels_fast.pipeline import DiT
 from skyreels_fast.placement import Placement
 from skyreels_fast.transfer import CHUNK_BYTES, Reader, located
@@ -184,6 +184,10 @@ def test_offloaded_is_bitwise_the_same_as_resident(
         latents.append(pipe(sf.Request(**values)).latents[0])
     assert len(list(pipe.placement.blocks(pipe._dit))) == LAYERS
     assert torch.equal(latents[0], latents[1]) and torch.equal(latents[0], latents[2])
+    with pipe.placement.use(pipe._vae) as vae:
+        beside = int(1.5 * GIB) - OVERHEAD_BYTES - sum(parameter.nbytes for parameter in vae.parameters())
+        rest = sum(p.nbytes for name, p in pipe._dit.named_parameters() if p.is_cuda and "blocks." not in name)
+        assert pipe.machine.decode_bytes(pipe._dit, vae) == beside - rest
 
 
 def test_the_text_encoder_never_lies_on_the_gpu_whole() -> None:

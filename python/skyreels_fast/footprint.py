@@ -12,6 +12,7 @@ from torch import nn
 from .config import TransformerConfig
 from .dit.block import FEED_FORWARD_TOKENS
 from .host_memory import GIB
+from .streaming import least_bytes
 
 # The CUDA context, the libraries' workspaces, and what the allocator cannot use of what it holds.
 OVERHEAD_BYTES = GIB
@@ -65,7 +66,7 @@ class Footprint:
     @property
     def least(self) -> int:
         """With every block streamed through two slots, as --offload has it."""
-        return min(sum(self.blocks), 2 * max(self.blocks)) + self.rest + self.beside
+        return least_bytes(self.blocks) + self.rest + self.beside
 
     def check(self, vram: float) -> None:
         """Raises ValueError where the GPU memory budget, in GiB, is too small for any number of blocks."""

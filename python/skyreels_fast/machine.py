@@ -5,11 +5,12 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from torch import nn
 
 from . import ops
 from .config import PIXEL_MULTIPLE, TransformerConfig
 from .dit.model import DiT
-from .footprint import GIB, Footprint, check_vram
+from .footprint import GIB, OVERHEAD_BYTES, Footprint, check_vram
 from .parallel import Degrees, Layout, World, choose_layout
 from .parallel import Team as Sharing
 from .placement import Placement
@@ -101,6 +102,18 @@ class Machine:
         free, total = torch.cuda.mem_get_info(self._device)
         cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
         return team.least(max(0, free + cached - total // 10))
+
+    def decode_bytes(self, *modules: nn.Module) -> int | None:
+        """GPU memory for decoding beside those weights of `modules` that are there; None: no limit.
+
+        Of --vram, or else of the whole GPU, whatever is free of it: the same run decodes the same way again.
+        """
+        device = self.placement.device
+        if device.type != "cuda":
+            return None
+        total = torch.cuda.mem_get_info(device)[1] if self._vram is None else int(self._vram * GIB)
+        weights = sum(tensor.nbytes for module in modules for tensor in module.parameters() if tensor.device == device)
+        return max(0, total - OVERHEAD_BYTES - weights)
 
 
 def _tokens_per_frame(plan: Plan) -> int:

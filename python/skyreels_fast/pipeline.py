@@ -95,8 +95,8 @@ class Pipeline:
 
         Args:
             offload: weights stay in host memory, and each block of the transformer comes to the GPU as it is needed.
-            vram: GiB of GPU memory to keep to while denoising: as many blocks stay there as fit, the others come as
-                with `offload`.
+            vram: GiB of GPU memory to keep to: while denoising as many blocks stay there as fit, the others come as
+                with `offload`; where it is too little to decode whole frames the VAE takes them in overlapping tiles.
             mode: "df" (diffusion forcing) or "t2v", which an image-to-video model runs as "i2v"; None takes what the
                 model was made for. Where nothing in the directory tells, requests do: "df" where they ask for it.
             attention: the backend of `ops.attention`; None: the fastest that the device has.
@@ -245,7 +245,7 @@ class Pipeline:
             if shared is None and not team.leads:
                 continue
             with self.placement.use(vae):
-                chunks = _skip(window.drop, vae.decode_stream(latents, shared=shared))
+                chunks = _skip(window.drop, vae.decode_stream(latents, machine.decode_bytes(dit, vae), shared))
                 decoded = media.to_host(chunks, floats=history.limit > 0)
                 for chunk, frames in clock.each("decode", decoded):
                     if chunk is not None:

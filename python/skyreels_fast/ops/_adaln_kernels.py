@@ -212,8 +212,8 @@ def _like(x: Tensor, dtype: torch.dtype) -> Tensor:
 @torch.library.custom_op(
     "skyreels_fast::norm_scale_shift",
     mutates_args=(),
-    schema="(Tensor x, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, float eps, ScalarType out_dtype, "
-    "str backend) -> Tensor",
+    schema="(Tensor x, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, float eps, "
+    "ScalarType out_dtype) -> Tensor",
 )
 def norm_scale_shift(
     x: Tensor,
@@ -223,7 +223,6 @@ def norm_scale_shift(
     bias: Tensor | None,
     eps: float,
     out_dtype: torch.dtype,
-    backend: str,
 ) -> Tensor:
     out = _like(x, out_dtype)
     tensors = {"out": out, "scale": scale, "shift": shift, "weight": weight, "bias": bias}
@@ -232,23 +231,23 @@ def norm_scale_shift(
 
 
 @norm_scale_shift.register_fake
-def _(x, scale, shift, weight, bias, eps, out_dtype, backend):
+def _(x, scale, shift, weight, bias, eps, out_dtype):
     return _like(x, out_dtype)
 
 
 @torch.library.custom_op(
     "skyreels_fast::scale_residual",
     mutates_args=(),
-    schema="(Tensor residual, Tensor x, Tensor? gate, ScalarType out_dtype, str backend) -> Tensor",
+    schema="(Tensor residual, Tensor x, Tensor? gate, ScalarType out_dtype) -> Tensor",
 )
-def scale_residual(residual: Tensor, x: Tensor, gate: Tensor | None, out_dtype: torch.dtype, backend: str) -> Tensor:
+def scale_residual(residual: Tensor, x: Tensor, gate: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     out = _like(x, out_dtype)
     _launch(x, {"residual_out": out, "residual": residual, "gate": gate})
     return out
 
 
 @scale_residual.register_fake
-def _(residual, x, gate, out_dtype, backend):
+def _(residual, x, gate, out_dtype):
     return _like(x, out_dtype)
 
 
@@ -256,7 +255,7 @@ def _(residual, x, gate, out_dtype, backend):
     "skyreels_fast::scale_residual_norm_scale_shift",
     mutates_args=(),
     schema="(Tensor residual, Tensor x, Tensor? gate, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, "
-    "float eps, ScalarType residual_dtype, ScalarType out_dtype, str backend) -> (Tensor, Tensor)",
+    "float eps, ScalarType residual_dtype, ScalarType out_dtype) -> (Tensor, Tensor)",
 )
 def scale_residual_norm_scale_shift(
     residual: Tensor,
@@ -269,7 +268,6 @@ def scale_residual_norm_scale_shift(
     eps: float,
     residual_dtype: torch.dtype,
     out_dtype: torch.dtype,
-    backend: str,
 ) -> tuple[Tensor, Tensor]:
     residual_out, out = _like(x, residual_dtype), _like(x, out_dtype)
     tensors = {"residual_out": residual_out, "out": out, "residual": residual, "gate": gate}
@@ -279,5 +277,5 @@ def scale_residual_norm_scale_shift(
 
 
 @scale_residual_norm_scale_shift.register_fake
-def _(residual, x, gate, scale, shift, weight, bias, eps, residual_dtype, out_dtype, backend):
+def _(residual, x, gate, scale, shift, weight, bias, eps, residual_dtype, out_dtype):
     return _like(x, residual_dtype), _like(x, out_dtype)

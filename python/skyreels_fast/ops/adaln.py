@@ -20,7 +20,7 @@ from torch.nn import functional
 from skyreels_fast.ops import _adaln_kernels as kernels
 from skyreels_fast.ops._dispatch import choose, needs_grad
 
-BACKENDS = dict.fromkeys(("norm_scale_shift", "scale_residual", "scale_residual_norm_scale_shift"), ("triton", "ref"))
+BACKENDS = ("triton", "ref")
 
 
 def _modulate(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
@@ -139,7 +139,7 @@ def _choose(name: str, backend: str | None, x: Tensor, *others: Tensor | None, d
     devices = {str(tensor.device): None for tensor in tensors}
     if len(devices) > 1:
         raise ValueError(f"{name}: tensors must be on one device, not on {' and '.join(devices)}")
-    chosen = choose(name, backend, x.device.type, BACKENDS[name])
+    chosen = choose(name, backend, x.device.type, BACKENDS)
     wrong = [dtype for dtype in (*(tensor.dtype for tensor in tensors), *dtypes) if dtype not in kernels.DTYPES]
     if backend is None:
         return "ref" if wrong or x.shape[-1] > kernels.MAX_DIM or needs_grad(*tensors) else chosen
@@ -205,7 +205,7 @@ def norm_scale_shift(
     dtype = out_dtype or x.dtype
     backend = _choose(name, backend, x, scale, shift, weight, bias, dtypes=(dtype,))
     if backend != "ref":
-        return kernels.norm_scale_shift(x, scale, shift, weight, bias, eps, dtype, backend)
+        return kernels.norm_scale_shift(x, scale, shift, weight, bias, eps, dtype)
     return norm_scale_shift_ref(x, scale, shift, weight, bias, eps=eps, out_dtype=dtype, math_dtype=_math_dtype(x))
 
 
@@ -227,7 +227,7 @@ def scale_residual(
     dtype = out_dtype or residual.dtype
     backend = _choose(name, backend, x, residual, gate, dtypes=(dtype,))
     if backend != "ref":
-        return kernels.scale_residual(residual, x, gate, dtype, backend)
+        return kernels.scale_residual(residual, x, gate, dtype)
     return scale_residual_ref(residual, x, gate, out_dtype=dtype, math_dtype=_math_dtype(residual, x))
 
 
@@ -257,6 +257,6 @@ def scale_residual_norm_scale_shift(
     tensors = (residual, x, gate, scale, shift, weight, bias)
     backend = _choose(name, backend, *tensors, dtypes=results)
     if backend != "ref":
-        return kernels.scale_residual_norm_scale_shift(*tensors, eps, *results, backend)
+        return kernels.scale_residual_norm_scale_shift(*tensors, eps, *results)
     dtypes = {"residual_dtype": results[0], "out_dtype": results[1], "math_dtype": _math_dtype(residual, x)}
     return scale_residual_norm_scale_shift_ref(*tensors, eps=eps, **dtypes)
