@@ -211,3 +211,48 @@ def test_log_sum_exp(size: Size, backend: str) -> None:
     assert lse.dtype == torch.float32 and lse.shape == (q.shape[0], q.shape[2], q.shape[1])
     assert rel_l2(lse, scores.logsumexp(-1)) < 2e-6
     assert rel_l2(out, masked(q, k, v)) < 2e-6
+
+
+def odd_queries(head_dim: int = 128, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """300 queries (3 tiles of 128) in storage for 512, NaN behind them; and as many keys as make pairs worth it."""
+    generator = torch.Generator(device).manual_seed(5)
+    draw = {"generator": generator, "device": device}
+    room = torch.randn(1, ops.query_rows(300), 1, head_dim, **draw).to(dtype)
+    room[:, 300:] = torch.nan
+    k, v = (torch.randn(1, 8200, 1, head_dim, **draw).to(dtype) for _ in range(2))
+    return room[:, :300], k, v
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_tiles_of_queries_come_in_pairs(head_dim: int) -> None:
+    """Without a copy where the storage has room; the caller sees nothing of it."""
+    seen: list[Tensor] = []
+
+    def function(q: Tensor, k: Tensor, v: Tensor, **flags: bool) -> tuple[Tensor, Tensor]:
+        seen.append(q)
+        return _attention_backends._sdpa(q, k, v), torch.zeros(1, 1, q.shape[1])
+
+    q, k, v = odd_queries(head_dim)
+    rows = 512 if head_dim == 128 else 300
+    short, tall = q.clone(), torch.cat([q, q, q], dim=1)
+    for queries, count, copied in ((q, rows, False), (short, rows, True), (q[:, :200], 200, False), (tall, 900, False)):
+        out, _ = _attention_backends._in_pairs(function, queries, k, v, return_lse=True)
+        assert torch.equal(out, _attention_backends._sdpa(queries, k, v))
+        assert seen[-1].shape[1] == count
+        assert (seen[-1].data_ptr() != queries.data_ptr()) == (copied and count != queries.shape[1])
+    _attention_backends._in_pairs(function, q, k[:, :512], v[:, :512])
+    assert seen[-1] is q
+
+
+@pytest.mark.gpu
+def test_gpu_pairs_of_tiles() -> None:
+    """FlashAttention-3 gives single tiles and pairs the same values, whatever lies behind the queries."""
+    if _attention_backends.missing("fa3", torch.device("cuda")):
+        pytest.skip(f"fa3: {_attention_backends.missing('fa3', torch.device('cuda'))}")
+    q, k, v = odd_queries(128, "cuda", torch.bfloat16)
+    outs = [ops.attention(queries, k, v, backend="fa3") for queries in (q, q.clone())]
+    exact = attention_ref(q.double(), k.double(), v.double(), math_dtype=torch.float64)
+    low = attention_ref(q, k, v, math_dtype=torch.bfloat16)
+    for out in outs:
+        assert out.shape == q.shape and rel_l2(out.cpu(), exact.cpu()) <= 2 * rel_l2(low.cpu(), exact.cpu())
+    assert torch.equal(*outs)

@@ -12,6 +12,7 @@ from torch import Tensor
 from skyreels_fast.config import TransformerConfig
 from skyreels_fast.dit import DiT
 from skyreels_fast.dit.past import Past
+from skyreels_fast.dit.stream import Stream
 from skyreels_fast.sampling import denoise as loop
 from skyreels_fast.sampling.denoise import denoise
 from skyreels_fast.sampling.spans import causal_spans, whole_spans
@@ -35,13 +36,15 @@ def dit() -> DiT:
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch, dit: DiT) -> list[int]:
     """Frames that each call of the blocks was given."""
-    run, frames = dit.run_blocks, []
+    run, frames = dit.run_branches, []
 
-    def noting(x: Tensor, e0: Tensor, context: object, grid: tuple[int, int, int], **options: object) -> Tensor:
-        frames.append(grid[0])
-        return run(x, e0, context, grid, **options)
+    def noting(
+        stream: Stream, e0: Tensor, contexts: list, grid: tuple[int, int, int], **options: object
+    ) -> list[Tensor]:
+        frames.extend([grid[0]] * len(contexts))
+        return run(stream, e0, contexts, grid, **options)
 
-    monkeypatch.setattr(dit, "run_blocks", noting)
+    monkeypatch.setattr(dit, "run_branches", noting)
     return frames
 
 
@@ -141,4 +144,4 @@ def test_past_gives_all_keys_and_overwrites_what_is_not_kept() -> None:
 def test_keys_are_kept_for_causal_attention_alone(dit: DiT) -> None:
     x, _, e0, grid = dit.embed(torch.zeros(1, 16, 2, 4, 4), torch.tensor([3]))
     with pytest.raises(ValueError, match="give causal_block_size"):
-        dit.run_blocks(x, e0, dit.encode_context(torch.zeros(1, 5, 12)), grid, past=Past(2))
+        dit.run_blocks(x, e0, dit.encode_context(torch.zeros(1, 5, 12)), grid, pasts=[Past(2)])

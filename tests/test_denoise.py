@@ -12,6 +12,8 @@ from torch import Tensor
 
 from skyreels_fast.config import TransformerConfig
 from skyreels_fast.dit import DiT
+from skyreels_fast.dit.model import Context
+from skyreels_fast.dit.stream import Stream
 from skyreels_fast.sampling.denoise import denoise
 from skyreels_fast.sampling.teacache import TeaCacheSettings
 from skyreels_fast.sampling.timesteps import hold, sigma_schedule, timestep_matrix, timestep_schedule
@@ -110,18 +112,18 @@ def test_golden_cache(
     run, dit = RUNS[name], _model(models, "t2v")
     computed: list[int] = []
     calls = 0
-    run_blocks, head = dit.run_blocks, dit.head.forward
+    run_branches, head = dit.run_branches, dit.head.forward
 
-    def noting_run_blocks(*args: object, **options: object) -> Tensor:
-        computed.append(calls)
-        return run_blocks(*args, **options)
+    def noting_run_branches(stream: Stream, e0: Tensor, contexts: list[Context], *args: object, **options: object):
+        computed.extend(calls + branch for branch in range(len(contexts)))
+        return run_branches(stream, e0, contexts, *args, **options)
 
     def counting_head(*args: object) -> Tensor:
         nonlocal calls
         calls += 1
         return head(*args)
 
-    monkeypatch.setattr(dit, "run_blocks", noting_run_blocks)
+    monkeypatch.setattr(dit, "run_branches", noting_run_branches)
     monkeypatch.setattr(dit.head, "forward", counting_head)
     settings = TeaCacheSettings(run["coefficients"], run["threshold"], run["use_ret_steps"])
     (latents,) = _run(name, dit, golden, teacache=settings)

@@ -9,6 +9,7 @@ import torch
 from conftest import rel_l2
 from torch import Tensor, nn
 
+from skyreels_fast.dit.stream import Stream
 from skyreels_fast.sampling.denoise import denoise
 from skyreels_fast.sampling.teacache import TeaCacheSettings
 from skyreels_fast.sampling.timesteps import Schedule, hold, sigma_schedule, timestep_matrix, timestep_schedule
@@ -44,10 +45,12 @@ class LinearModel(nn.Module):
         frames, height, width = latents.shape[2:]
         return Tokens(latents.flatten(2).mT, *self.time_embedding_of(timestep, fps), (frames, height, width))
 
-    def run_blocks(self, x: Tensor, e0: Tensor, context: float, grid: tuple, **options: object) -> Tensor:
-        self.runs.append(context)
+    def run_branches(
+        self, stream: Stream, e0: Tensor, contexts: list[float], grid: tuple, **options: object
+    ) -> list[Tensor]:
+        self.runs.extend(contexts)
         self.options.append(options)
-        return x + 2 * context
+        return [stream.total() + 2 * context for context in contexts]
 
     def head(self, x: Tensor, e: Tensor, grid: tuple[int, int, int]) -> Tensor:
         return 0.5 * x[..., :16].float().mT.unflatten(2, grid)
@@ -134,7 +137,7 @@ def test_extra_channels_and_options_go_to_the_model() -> None:
     )
     for (start, stop), (seen, _) in zip(_schedule(4, base=2, ar_step=3).interval, model.inputs, strict=True):
         assert torch.equal(seen[:, 16:], extra[:, :, start:stop])
-    assert model.options[0] == {"causal_block_size": 2, "blocks": []}
+    assert model.options[0] == {"causal_block_size": 2, "blocks": [], "pasts": (None,)}
 
 
 def test_the_model_computes_in_its_own_dtype() -> None:

@@ -22,6 +22,7 @@ from skyreels_fast.checkpoint import Checkpoint
 from skyreels_fast.conditions import History, load_pictures
 from skyreels_fast.config import TEACACHE_COEFFICIENTS, TransformerConfig
 from skyreels_fast.dit.model import DiT
+from skyreels_fast.dit.stream import Stream
 from skyreels_fast.parallel import Degrees, choose_layout
 from skyreels_fast.placement import Placement
 
@@ -109,13 +110,15 @@ def test_6_a_portrait_video_is_extended_as_portrait_at_its_own_rate(pipelines: P
 def test_7_teacache_state_is_per_branch_and_window(pipelines: Pipelines, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each window computes the same calls, with guidance or without, in pairs where there are two branches."""
     dit = type(pipelines["df"]._load()[0])
-    run, computed = dit.run_blocks, []
+    run, computed = dit.run_branches, []
 
-    def counted(self: torch.nn.Module, x: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
-        computed.append(x.shape)
-        return run(self, x, *args, **options)
+    def counted(
+        self: torch.nn.Module, stream: Stream, e0: torch.Tensor, contexts: list, *args: object, **options: object
+    ):
+        computed.extend(contexts)
+        return run(self, stream, e0, contexts, *args, **options)
 
-    monkeypatch.setattr(dit, "run_blocks", counted)
+    monkeypatch.setattr(dit, "run_branches", counted)
     settings = {"inference_steps": 8, "teacache": True, "teacache_coefficients": (1.0, 0.0), "teacache_thresh": 0.6}
     settings |= {"num_frames": 25, "overlap_history": 9}
     plan = pipelines["df"].plan(request(**settings))

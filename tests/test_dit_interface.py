@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from conftest import rel_l2
@@ -11,6 +13,7 @@ from skyreels_fast import ops
 from skyreels_fast.config import TransformerConfig
 from skyreels_fast.dit import Context, DiT
 from skyreels_fast.dit.embeddings import sinusoid
+from skyreels_fast.dit.stream import Stream
 
 SMALL = {"in_dim": 16, "dim": 48, "ffn_dim": 80, "num_heads": 2, "num_layers": 2, "freq_dim": 16, "text_dim": 12}
 
@@ -81,6 +84,41 @@ def test_blocks_and_attention_may_be_handed_in() -> None:
     out = dit.run_blocks(x, e0, context, grid, causal_block_size=3, blocks=iter(dit.blocks), attend=attend)
     assert rel_l2(out, expected) < 1e-5
     assert seen == [((1, 16, 2, 24), 12)] * 2
+
+
+@pytest.mark.parametrize("branches", [1, 2, 3])
+@torch.inference_mode()
+def test_branches_are_one_until_their_contexts(branches: int) -> None:
+    """Each comes out as it does alone; the blocks are asked for once, and the first attends to itself once for all."""
+    dit = small(num_layers=3)
+    contexts = [dit.encode_context(torch.randn(1, 4, 12)) for _ in range(branches)]
+    x, _, e0, grid = dit.embed(torch.randn(1, 16, 4, 4, 4), torch.tensor([[1, 300, 600, 900]]))
+    calls = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, block_tokens: int | None = None) -> Tensor:
+        calls.append(block_tokens)
+        return ops.attention(q, k, v, block_tokens=block_tokens)
+
+    expected = [dit.run_blocks(x, e0, context, grid, causal_block_size=2) for context in contexts]
+    options = {"causal_block_size": 2, "blocks": iter(dit.blocks), "attend": attend}
+    outs = dit.run_branches(Stream(x), e0, contexts, grid, **options)
+    for out, alone in zip(outs, expected, strict=True):
+        assert rel_l2(out, alone) < 1e-6
+    assert len(calls) == 1 + 2 * branches and set(calls) == {8}
+    assert all(rel_l2(out, outs[0]) > 1e-3 for out in outs[1:])
+
+
+@torch.inference_mode()
+def test_a_stream_lets_go_of_its_tokens() -> None:
+    dit = small(num_layers=2)
+    contexts = [dit.encode_context(torch.randn(1, 4, 12)) for _ in range(2)]
+    x, _, e0, grid = dit.embed(torch.randn(1, 16, 4, 4, 4), torch.tensor([300]))
+    stream, tokens, seen = Stream(x), weakref.ref(x), []
+    del x
+    for block in dit.blocks:
+        block.register_forward_hook(lambda *_: seen.append(tokens()))
+    dit.run_branches(stream, e0, contexts, grid)
+    assert seen == [None, None]
 
 
 @torch.inference_mode()

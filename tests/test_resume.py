@@ -271,7 +271,7 @@ def no_model() -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("what was saved is computed again")
 
-    DiT.run_blocks = refuse
+    DiT.run_branches = refuse
 
 
 def said_without_the_model(expected: np.ndarray) -> str:

@@ -54,13 +54,13 @@ class StopAt(sf.Progress):
 def block_calls(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     """Grows with every pass through the blocks."""
     calls: list[None] = []
-    run_blocks = DiT.run_blocks
+    run_branches = DiT.run_branches
 
-    def counted(*args: object, **options: object) -> Tensor:
+    def counted(*args: object, **options: object) -> list[Tensor]:
         calls.append(None)
-        return run_blocks(*args, **options)
+        return run_branches(*args, **options)
 
-    monkeypatch.setattr(DiT, "run_blocks", counted)
+    monkeypatch.setattr(DiT, "run_branches", counted)
     return calls
 
 
@@ -73,8 +73,8 @@ def test_a_broken_off_call_goes_on_where_it_was(
     with pytest.raises(Stop):
         pipelines["df"](REQUEST, run=Run(tmp_path / "run", every_s=0), progress=StopAt(step))
     result = pipelines["df"](REQUEST, run=tmp_path / "run")
-    # A row is two passes; the row in which it broke off is not saved any more, unless the next began.
-    assert len(block_calls) == 2 * (9 + 1)
+    # The row in which it broke off is not saved any more, unless the next began.
+    assert len(block_calls) == 9 + 1
     assert torch.equal(result.frames, whole.frames)
     assert all(torch.equal(a, b) for a, b in zip(result.latents, whole.latents, strict=True))
     block_calls.clear()
@@ -88,13 +88,13 @@ def test_teacache_goes_on_from_a_row_that_computes(
 ) -> None:
     request = replace(ONE_WINDOW, **TEACACHE)
     whole = pipelines["df"](request)
-    assert len(block_calls) == 2 * 3  # rows 0, 4 and 7
+    assert len(block_calls) == 3  # rows 0, 4 and 7
     with pytest.raises(Stop):
         pipelines["df"](request, run=Run(tmp_path / "run", every_s=0), progress=StopAt(step))
     block_calls.clear()
     result = pipelines["df"](request, run=tmp_path / "run")
     assert torch.equal(result.frames, whole.frames)
-    assert len(block_calls) == 2 * (3 if step <= 4 else 2)  # row 0 is not worth saving, row 4 is
+    assert len(block_calls) == (3 if step <= 4 else 2)  # row 0 is not worth saving, row 4 is
 
 
 def test_a_long_window_is_saved_now_and_then(pipelines: dict[str, sf.Pipeline], tmp_path: Path) -> None:

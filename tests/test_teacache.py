@@ -78,17 +78,11 @@ def test_bad_settings_are_refused(coefficients: tuple, threshold: float, message
 
 def test_residual_is_added_while_it_is_reused_and_no_longer_kept_then() -> None:
     x, y = torch.randn(2, 1, 6, 4, generator=torch.Generator().manual_seed(0))
-    ran = []
-
-    def run(tokens: torch.Tensor) -> torch.Tensor:
-        ran.append(tokens)
-        return tokens * 3
-
     residual = Residual()
-    assert torch.equal(residual.apply(x, run, compute=True, keep=True), x * 3)
-    torch.testing.assert_close(residual.apply(y, run, compute=False, keep=True), y + 2 * x)
-    torch.testing.assert_close(residual.apply(x, run, compute=False, keep=False), 3 * x)
-    assert len(ran) == 1
+    residual.save(x, 3 * x)
+    torch.testing.assert_close(residual.added_to(y, keep=True), y + 2 * x)
+    torch.testing.assert_close(residual.added_to(x, keep=False), 3 * x)
     assert all(value is None for value in vars(residual).values())
-    residual.apply(y, run, compute=True, keep=False)
+    residual.save(y, x)
+    residual.forget()
     assert all(value is None for value in vars(residual).values())

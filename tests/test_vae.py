@@ -235,8 +235,9 @@ def test_a_gpu_in_bfloat16_gives_what_the_cpu_gives_in_float32(
     monkeypatch.setitem(importlib.import_module("skyreels_fast.ops.causal_conv3d").DEFAULT, "cuda", backend)
     video = rendered()
     latents = bundled.encode(video)
-    gpu = copy.deepcopy(bundled).to("cuda", torch.bfloat16).lay_out()
-    assert rel_l2(gpu.encode(video).cpu(), latents) < 1e-2
+    low = copy.deepcopy(bundled).bfloat16()  # about 1e-2 off: a frame's latents are small beside what they come from
+    gpu = copy.deepcopy(low).cuda().lay_out()
+    assert rel_l2(gpu.encode(video).cpu(), latents) < 2 * rel_l2(low.encode(video), latents)
     assert psnr_db(gpu.decode(latents).cpu(), bundled.decode(latents)) > 45
 
 

@@ -105,25 +105,27 @@ def activation_bytes(
     """The peak of all tensors but weights in one step of the denoising loop at batch 1.
 
     In a block it is the most that one of its parts holds at a time, of tensors [L, D]. Self-attention: the residual and
-    its norm, q, k, v, the attention's and the projection's output. Attention to the context: the residual in float32,
-    its norm, q and two outputs, and one before the norm or of the image. The norm after that: the float32 residual
-    before and after, what is added, and two norms. Feed-forward: the float32 residual, two norms, the output, and the
-    hidden layer of so many tokens as it takes at a time, in float32 before its activation, too. Beside the blocks: the
-    embedded tokens, each context's keys and values in every block, the velocities, and with TeaCache a residual for
-    each branch; and a float32 copy of one part of the largest modulation weight. What is kept for speed where memory is
-    left (causal attention's past) does not count.
+    its norm, q, k, v and the output. Attention to the context: the residual in float32, its norm, q and the output, and
+    two more for an image. The norm after that: the float32 residual before and after, what is added, and the norm.
+    Feed-forward: the float32 residual, its norm, the output, and the hidden layer of so many tokens as it takes at a
+    time, in float32 before its activation, too. Beside it: of each branch that waits what the first block had of it,
+    each context's keys and values in every block, the velocities, and with TeaCache the embedded tokens and a residual
+    for each branch; and a float32 copy of one part of the largest modulation weight. What is kept for speed where
+    memory is left (causal attention's past) does not count.
     """
     size, dim = dtype.itemsize, config.dim
-    attention = 7 * tokens * dim * size
-    to_context = tokens * dim * (_FLOAT32 + 5 * size)
-    norm = tokens * dim * (2 * _FLOAT32 + 3 * size)
+    attention = 6 * tokens * dim * size
+    to_context = tokens * dim * (_FLOAT32 + (5 if config.model_type == "i2v" else 3) * size)
+    norm = tokens * dim * (2 * _FLOAT32 + 2 * size)
     hidden = min(tokens, FEED_FORWARD_TOKENS) * config.ffn_dim * size * (1 if size < _FLOAT32 else 2)
-    feed_forward = tokens * dim * (_FLOAT32 + 3 * size) + hidden
+    feed_forward = tokens * dim * (_FLOAT32 + 2 * size) + hidden
+    waiting = 2 * (branches - 1) * tokens * dim * size
     context_tokens = config.text_len + (_IMAGE_TOKENS if config.model_type == "i2v" else 0)
     keys_values = branches * config.num_layers * 2 * context_tokens * dim * size
-    embedded = (1 + (branches if teacache else 0)) * tokens * dim * size
+    kept = (1 + branches) * tokens * dim * size if teacache else 0
     latents = 4 * (branches + 4) * tokens * (config.in_dim + config.out_dim) * _FLOAT32
-    return max(attention, to_context, norm, feed_forward) + keys_values + embedded + latents + dim * dim * _FLOAT32
+    at_a_time = max(attention, to_context, norm, feed_forward)
+    return at_a_time + waiting + keys_values + kept + latents + dim * dim * _FLOAT32
 
 
 def check_vram(vram: float | None, device: torch.device, offload: bool) -> None:

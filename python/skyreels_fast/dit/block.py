@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn import functional
 from skyreels_fast.config import TransformerConfig
 from skyreels_fast.dit.past import Past
 from skyreels_fast.dit.stream import Stream
-from skyreels_fast.ops import attention, linear_gelu, qk_norm, qk_norm_rope3d, qk_norm_rope3d_
+from skyreels_fast.ops import attention, linear_gelu, qk_norm, qk_norm_rope3d, qk_norm_rope3d_, query_rows
 
 # Called as ops.attention: attend(q, k, v, block_tokens=...), and for the context attend(q, k, v).
 Attend = Callable[..., Tensor]
@@ -50,6 +50,17 @@ class HeadsNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
 
+def _linear_with_room(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`functional.linear` into storage that goes on as far as attention likes it to."""
+    if torch.is_grad_enabled() or not x.is_cuda or x.shape[0] != 1:
+        return functional.linear(x, weight, bias)
+    tokens = x.shape[1]
+    rows = x.new_empty(query_rows(tokens), weight.shape[0])
+    rows[tokens:].zero_()
+    torch.addmm(bias, x[0], weight.t(), out=rows[:tokens])
+    return rows[:tokens].unsqueeze(0)
+
+
 class SelfAttention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -62,9 +73,14 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, places: Places, index: int, attend: Attend) -> Tensor:
         """x [B, L, D] of block `index` to [B, L, D]."""
+        return self.o(self._attended(x, places, index, attend).flatten(2))
+
+    def _attended(self, x: Tensor, places: Places, index: int, attend: Attend) -> Tensor:
+        """[B, L, N, Dh]; queries, keys and values are gone before the output's projection takes its memory."""
         # Three products: attention is faster on values of their own, and q and k can be rotated where they lie.
-        parts = zip(self.qkv.weight.chunk(3), self.qkv.bias.chunk(3), strict=True)
-        q, k, v = (functional.linear(x, *part).unflatten(-1, (self.heads, -1)) for part in parts)
+        layers = (_linear_with_room, functional.linear, functional.linear)
+        parts = zip(layers, self.qkv.weight.chunk(3), self.qkv.bias.chunk(3), strict=True)
+        q, k, v = (layer(x, *part).unflatten(-1, (self.heads, -1)) for layer, *part in parts)
         rotate = qk_norm_rope3d if torch.is_grad_enabled() else qk_norm_rope3d_
         q, k = rotate(
             q, k, self.norm_q.weight, self.norm_k.weight, places.grid,
@@ -72,7 +88,7 @@ class SelfAttention(nn.Module):
         )  # fmt: skip
         if places.past is not None:
             k, v = places.past.extend(index, k, v, places.grid[0])
-        return self.o(attend(q, k, v, block_tokens=places.block_tokens).flatten(2))
+        return attend(q, k, v, block_tokens=places.block_tokens)
 
 
 class CrossAttention(nn.Module):
@@ -102,11 +118,14 @@ class CrossAttention(nn.Module):
         return qk_norm(k, norm.weight, eps=self.eps), v.contiguous()
 
     def forward(self, x: Tensor, keys_values: KeysValues, attend: Attend) -> Tensor:
+        return self.o(self._attended(x, keys_values, attend).flatten(2))
+
+    def _attended(self, x: Tensor, keys_values: KeysValues, attend: Attend) -> Tensor:
         q = qk_norm(self.q(x).unflatten(-1, (self.heads, -1)), self.norm_q.weight, eps=self.eps)
         out = attend(q, *keys_values[0])
         for k, v in keys_values[1:]:
             out = out + attend(q, k, v)
-        return self.o(out.flatten(2))
+        return out
 
 
 class FeedForward(nn.Sequential):
@@ -122,13 +141,13 @@ class FeedForward(nn.Sequential):
         out = torch.empty_like(x)
         parts = -(-x[..., 0].numel() // FEED_FORWARD_TOKENS)
         for tokens, into in zip(*(tensor.flatten(0, -2).chunk(parts) for tensor in (x, out)), strict=True):
-            hidden = linear_gelu(tokens, self[0].weight, self[0].bias)
-            torch.addmm(self[2].bias, hidden, self[2].weight.t(), out=into)
+            # Under no name, so that it is gone before the next one is made.
+            torch.addmm(self[2].bias, linear_gelu(tokens, self[0].weight, self[0].bias), self[2].weight.t(), out=into)
         return out
 
 
 class Block(nn.Module):
-    """Takes a stream of tokens one block on, with e0 [B, F', 6, D] float32: F' = 1, or a row for each latent frame."""
+    """Takes streams of tokens one block on, with e0 [B, F', 6, D] float32: F' = 1, or a row for each latent frame."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -142,19 +161,48 @@ class Block(nn.Module):
 
     def forward(
         self,
-        stream: Stream,
+        streams: Sequence[Stream],
         e0: Tensor,
-        keys_values: KeysValues,
-        places: Places,
+        keys_values: Sequence[KeysValues],
+        places: Sequence[Places],
         index: int = 0,
         *,
         attend: Attend = attention,
         attend_context: Attend = attention,
+    ) -> list[Stream]:
+        """The streams of all branches, or one for them all: then they part at the attention to their contexts.
+
+        keys_values: of each branch's context. places: of each branch; they differ in `past` alone, which keeps its own
+        under `index`, this block's in the model. A stream that waits for others to pass is closed, and every other
+        block takes them in the other order, so the last of one block is the first of the next and stays open.
+        """
+        modulation = (self.modulation.float() + e0).unbind(2)
+        together = len(streams) < len(keys_values)
+        if together:
+            self._attend_to_itself(streams[0], modulation, places[0], index, attend)
+            streams = [streams[0], *(streams[0].fork() for _ in keys_values[1:])]
+        order = range(len(streams))[:: -1 if index % 2 else 1]
+        for branch in order:
+            if not together:
+                self._attend_to_itself(streams[branch], modulation, places[branch], index, attend)
+            self._finish(streams[branch], modulation, keys_values[branch], attend_context)
+            if branch != order[-1]:
+                streams[branch].close()
+        return list(streams)
+
+    def _attend_to_itself(
+        self, stream: Stream, modulation: Sequence[Tensor], places: Places, index: int, attend: Attend
     ) -> None:
-        """keys_values: of the context; index: of this block in the model, under which `places.past` keeps its own."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + e0).unbind(2)
-        y = stream.norm(scale1, shift1, eps=self.eps, rounded=True)
-        stream.add(self.self_attn(y, places, index, attend), gate1)
+        shift, scale, gate = modulation[:3]
+        y = stream.norm(scale, shift, eps=self.eps, rounded=True)
+        stream.add(self.self_attn(y, places, index, attend), gate)
+
+    def _finish(
+        self, stream: Stream, modulation: Sequence[Tensor], keys_values: KeysValues, attend_context: Attend
+    ) -> None:
+        """Attention to the context, and the feed-forward."""
+        shift, scale, gate = modulation[3:]
         y = stream.norm(None, None, self.norm3.weight, self.norm3.bias, eps=self.eps)
         stream.add(self.cross_attn(y, keys_values, attend_context))
-        stream.add(self.ffn(stream.norm(scale2, shift2, eps=self.eps)), gate2)
+        del y
+        stream.add(self.ffn(stream.norm(scale, shift, eps=self.eps)), gate)

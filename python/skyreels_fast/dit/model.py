@@ -7,8 +7,8 @@ cross_attn.kv_img. `DiT.key_parts` says which published tensors make which of ou
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -169,35 +169,55 @@ class DiT(nn.Module):
         e0: Tensor,
         context: Context,
         grid: Grid,
+        **options: Any,
+    ) -> Tensor:
+        """x [B, L, D] through all blocks, with one context; `options` as of `run_branches`."""
+        return self.run_branches(Stream(x), e0, [context], grid, **options)[0]
+
+    def run_branches(
+        self,
+        stream: Stream,
+        e0: Tensor,
+        contexts: Sequence[Context],
+        grid: Grid,
         *,
         causal_block_size: int | None = None,
         blocks: Iterable[Block] | None = None,
         attend: Attend | None = None,
         attend_context: Attend | None = None,
         token_range: tuple[int, int] | None = None,
-        past: Past | None = None,
-    ) -> Tensor:
-        """x [B, L, D] through all blocks.
+        pasts: Sequence[Past | None] | None = None,
+    ) -> list[Tensor]:
+        """The stream's tokens [B, L, D] through all blocks, once with each context: as many times [B, L, D].
 
+        Every block takes all branches before the next block comes, so that weights which pass through the device do so
+        once. Until the first attention to a context the branches are the same, and so much is computed once.
+
+        stream: used up; what it holds goes as it goes.
         causal_block_size: None, or the latent frames of a block that sees itself and the earlier ones only.
         blocks: the model's blocks in order, where not `self.blocks`; each is used before the next is asked for.
         attend, attend_context: self-attention and that to the context, called as `ops.attention`.
         token_range: x holds these of the h * w tokens of each frame, a shard; `grid` and the blocks that `attend` is
-        asked for are the whole's. past: of the frames before those in x. Raises ValueError for values that do not fit.
+        asked for are the whole's. pasts: of each branch, of the frames before those in x, or None where there are none.
+
+        Raises ValueError for values that do not fit.
         """
         if causal_block_size is not None and causal_block_size < 1:
             raise ValueError(f"causal_block_size must be at least 1, not {causal_block_size}")
-        if context.text.shape[0] != x.shape[0]:
-            raise ValueError(f"the context is for {context.text.shape[0]} videos, the latents are {x.shape[0]}")
+        pasts = pasts or [None] * len(contexts)
+        for context in contexts:
+            if context.text.shape[0] != stream.batch:
+                raise ValueError(f"the context is for {context.text.shape[0]} videos, the latents are {stream.batch}")
         block_tokens = None if causal_block_size is None else causal_block_size * grid[1] * grid[2]
-        if past is not None and causal_block_size is None:
+        if causal_block_size is None and any(past is not None for past in pasts):
             raise ValueError("keys and values are kept for causal attention alone: give causal_block_size")
-        places = Places(grid, block_tokens, token_range, past)
+        places = [Places(grid, block_tokens, token_range, past) for past in pasts]
         options = {"attend": attend or attention, "attend_context": attend_context or attention}
-        stream = Stream(x)
+        streams = [stream]
         for index, block in enumerate(self.blocks if blocks is None else blocks):
-            block(stream, e0, context.keys_values(index, block), places, index, **options)
-        return stream.total()
+            keys_values = [context.keys_values(index, block) for context in contexts]
+            streams = block(streams, e0, keys_values, places, index, **options)
+        return [stream.total() for stream in streams]
 
     def forward(
         self,

@@ -20,6 +20,16 @@ class Stream:
         self._residual = tokens
         self._open: tuple[Tensor, Tensor | None] | None = None
 
+    @property
+    def batch(self) -> int:
+        return self._residual.shape[0]
+
+    def fork(self) -> Stream:
+        """Another stream that is at the same point; the two have their tensors in common, which neither writes to."""
+        other = Stream(self._residual)
+        other.dtype, other._open = self.dtype, self._open
+        return other
+
     def add(self, x: Tensor, gate: Tensor | None = None) -> None:
         """Add gate * x (None: 1) at the next norm: x [B, L, D], gate [B, F', D] float32."""
         self._open = (x, gate)
@@ -47,8 +57,13 @@ class Stream:
         self._open = None
         return y
 
+    def close(self) -> None:
+        """Add up now, rounded to the model's dtype: a stream that waits then holds one tensor."""
+        if self._open is not None:
+            self._residual = scale_residual(self._residual, *self._open, out_dtype=self.dtype)
+            self._open = None
+
     def total(self) -> Tensor:
         """The sum [B, L, D] in the model's dtype."""
-        if self._open is None:
-            return self._residual.to(self.dtype)
-        return scale_residual(self._residual, *self._open, out_dtype=self.dtype)
+        self.close()
+        return self._residual.to(self.dtype)

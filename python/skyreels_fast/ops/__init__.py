@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from skyreels_fast.ops._attention_backends import query_rows
 from skyreels_fast.ops.adaln import norm_scale_shift, scale_residual, scale_residual_norm_scale_shift
 from skyreels_fast.ops.attention import attention, choose_attention
 from skyreels_fast.ops.causal_conv3d import causal_conv3d
@@ -20,6 +21,7 @@ __all__ = [
     "qk_norm",
     "qk_norm_rope3d",
     "qk_norm_rope3d_",
+    "query_rows",
     "relative_l1",
     "residual_add",
     "residual_save",

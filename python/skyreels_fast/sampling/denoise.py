@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from skyreels_fast.dit.past import Past
+from skyreels_fast.dit.stream import Stream
 
 from .spans import Span, causal_spans, whole_spans
 from .teacache import Residual, TeaCacheSettings, plan
@@ -23,7 +24,7 @@ from .timesteps import Schedule
 from .unipc import UniPC
 
 if TYPE_CHECKING:
-    from skyreels_fast.dit.model import Context, DiT, Embedded
+    from skyreels_fast.dit.model import Context, DiT
 
 
 class State(NamedTuple):
@@ -76,7 +77,7 @@ def denoise(
     causal_block_size: attention is block-causal over so many frames; None: every frame sees every other. Then blocks
         that have not started are left out of a call, and of finished ones the keys and values are kept, if they fit
         into past_bytes (None: however many) and TeaCache is off.
-    blocks, attend, attend_context: handed to `dit.run_blocks`, when given; `blocks` is iterated anew in each call.
+    blocks, attend, attend_context: handed to `dit.run_branches`, when given; `blocks` is iterated anew in each call.
     team: the processes that share the work, None: this one has it all. Every one of them is given the same and returns
         the same; `attend` is to reach the tokens of the others, and past_bytes to be what all of them have.
     on_step: called with the row's number when its work has been queued.
@@ -171,12 +172,21 @@ class _Model:
                 branch.past = Past(max(frames, self._span.stop)) if frames else None
 
     def velocity(self, latents: Tensor, timestep: Tensor, *, compute: bool, keep: bool) -> Tensor:
-        """Guided velocity [1,16,f,h,w] float32, zero out of the span; `compute`, `keep` as in `Residual.apply`."""
+        """Guided velocity [1,16,f,h,w] float32, zero out of the span.
+
+        compute: run the blocks, or else add what they added in the last call that ran them. keep: a later call adds it.
+        """
         part = slice(self._span.start, self._span.stop)
         embedded = self._dit.embed(latents[:, :, part], timestep[:, part], self._fps)
-        embedded, own_grid = self._team.shard(embedded)
-        parts = [self._branch(embedded, own_grid, branch, compute=compute, keep=keep) for branch in self._branches]
-        velocities = self._team.whole(parts, embedded.grid)
+        (x, e, e0, grid), own_grid = self._team.shard(embedded)
+        del embedded
+        if compute:
+            stream, before = Stream(x), x if keep else None
+            del x  # the stream lets go of it when the first block has added to it
+            tokens = self._run(stream, e0, grid, before)
+        else:
+            tokens = [branch.residual.added_to(x, keep=keep) for branch in self._branches]
+        velocities = self._team.whole([self._dit.head(y, e, own_grid).float() for y in tokens], grid)
         velocity = velocities[0]
         if len(velocities) == 2:
             cond, uncond = velocities
@@ -187,16 +197,18 @@ class _Model:
         whole[:, :, part] = velocity
         return whole
 
-    def _branch(self, embedded: Embedded, own_grid: Grid, branch: _Branch, *, compute: bool, keep: bool) -> Tensor:
-        options = self._options if branch.past is None else {**self._options, "past": branch.past}
-
-        def run(x: Tensor) -> Tensor:
-            return self._dit.run_blocks(x, embedded.e0, branch.context, embedded.grid, **options)
-
-        x = branch.residual.apply(embedded.x, run, compute=compute, keep=keep)
-        if branch.past is not None:
-            branch.past.keep(self._span.fixed)
-        return self._dit.head(x, embedded.e, own_grid).float()
+    def _run(self, stream: Stream, e0: Tensor, grid: Grid, before: Tensor | None) -> list[Tensor]:
+        """Each branch's tokens after the blocks. before: the tokens, where what is added to them is to be kept."""
+        for branch in self._branches:
+            branch.residual.forget()
+        contexts, pasts = zip(*((branch.context, branch.past) for branch in self._branches), strict=True)
+        after = self._dit.run_branches(stream, e0, contexts, grid, pasts=pasts, **self._options)
+        for branch, tokens in zip(self._branches, after, strict=True):
+            if before is not None:
+                branch.residual.save(before, tokens)
+            if branch.past is not None:
+                branch.past.keep(self._span.fixed)
+        return after
 
 
 def _spans(schedule: Schedule, block: int | None, *, keep: bool, noised: int) -> list[Span]:

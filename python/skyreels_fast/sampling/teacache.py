@@ -7,7 +7,7 @@ before it starts, from one read of the device. Off by default: it changes the re
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,18 +88,16 @@ class Residual:
     def __init__(self) -> None:
         self._residual: Tensor | None = None
 
-    def apply(self, x: Tensor, run: Callable[[Tensor], Tensor], *, compute: bool, keep: bool) -> Tensor:
-        """Tokens after the blocks [B,L,D]: `run(x)` if `compute`, else x plus the residual.
+    def save(self, before: Tensor, after: Tensor) -> None:
+        """Keep the residual of a call: tokens [B,L,D] before and after the blocks."""
+        self._residual = residual_save(after, before)
 
-        keep: a later call reuses the residual; otherwise it is freed, and none is saved.
-        """
-        if compute:
-            self._residual = None
-            after = run(x)
-            if keep:
-                self._residual = residual_save(after, x)
-            return after
+    def added_to(self, x: Tensor, *, keep: bool) -> Tensor:
+        """Tokens [B,L,D] after the blocks, these left out: x plus the residual. keep: a later call needs it again."""
         after = residual_add(x, self._residual)
         if not keep:
-            self._residual = None
+            self.forget()
         return after
+
+    def forget(self) -> None:
+        self._residual = None
