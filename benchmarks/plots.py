@@ -8,13 +8,14 @@ from typing import Any
 # File name: title, the rows' key, what is on the axis.
 PLOTS = {
     "latency": ("One forward", "ms_per_forward", "ms"),
-    "memory": ("Peak GPU memory", "peak_allocated_gib", "GiB"),
+    "memory": ("Peak GPU memory while denoising", "peak_allocated_gib", "GiB"),
 }
 _COLOURS = {
     "skyreels_fast": "#1b6ca8",
     "diffusers-accelerated": "#7fb2d9",
     "diffusers-compiled": "#8a8f98",
     "diffusers": "#c3c7cd",
+    "reference": "#d9b48f",
 }
 
 

@@ -29,7 +29,7 @@ _MARKED = re.compile(r"(<!-- benchmarks:([\w-]+) -->\n).*?(<!-- /benchmarks:\2 -
 _WHAT = ("gpu", "model", "resolution", "frames", "mode", "gpus", "layout", "offload", "vram", "precision",
          "attention_asked", "guidance", "ar_step", "causal_block_size", "teacache", "base_frames", "overlap",
          "weights")  # fmt: skip
-_IMPLS = (OURS, "diffusers-accelerated", "diffusers", "diffusers-compiled")
+_IMPLS = (OURS, "diffusers-accelerated", "diffusers", "diffusers-compiled", "reference", "lightx2v", "lightx2v-compiled")
 
 
 def committed_rows(directory: Path) -> list[Row]:
@@ -90,6 +90,8 @@ def _mode(row: Row) -> str:
         notes.append("offload")
     if row.get("vram"):
         notes.append(f"--vram {row['vram']:g}")
+    if row.get("guidance") == 1:
+        notes.append("no guidance")
     return ", ".join(notes)
 
 
@@ -107,7 +109,8 @@ def _source(rows: list[Row]) -> str:
     runs = {}
     for row in rows:
         commit = (row["commit"] or "unknown")[:10] + ("+changes" if row["dirty"] else "")
-        runs[f"{row['gpu']}, torch {row['versions']['torch']}, {row['time'][:10]}, commit {commit}"] = None
+        source = row.get("source") or f"commit {commit}"
+        runs[f"{row['gpu']}, torch {row['versions']['torch']}, {row['time'][:10]}, {source}"] = None
     return f"{'; '.join(runs)}."
 
 
@@ -123,12 +126,18 @@ def _column(key: str, digits: int = 2) -> Callable[[Row], str]:
     return lambda row: _number(row[key], digits)
 
 
+def denoise_peak(row: Row) -> float | None:
+    """GiB while denoising, which is all that the peers do."""
+    return row.get("peaks_gib", {}).get("denoise", [row["peak_allocated_gib"]])[0]
+
+
 def forward_table(rows: list[Row]) -> str:
     """One forward by us and by the peers."""
     texts = _VIDEO | {"by": lambda row: row["impl"], "attention": lambda row: row["attention"] or ""}
     numbers = {"ms a forward": _column("ms_per_forward", 0), "times ours": _column("times_ours")}
-    numbers |= {"s a step": _column("s_per_step"), "peak GiB": _column("peak_allocated_gib", 1)}
-    return _table(_latest_video(rows), texts, numbers)
+    numbers |= {"s a step": _column("s_per_step"), "peak GiB": lambda row: _number(denoise_peak(row), 1)}
+    plain = [row for row in rows if row["bench"] == "video" and row["gpus"] == 1 and not row["offload"]]
+    return _table(_latest_video(plain), texts, numbers)
 
 
 def stages_table(rows: list[Row]) -> str:
@@ -252,7 +261,7 @@ def _run(args: argparse.Namespace) -> int:
     args.readme.write_text(after, encoding="utf-8")
     from benchmarks.plots import draw
 
-    draw([row for row in rows if row["bench"] == "video"], args.results)
+    draw([row | {"peak_allocated_gib": denoise_peak(row)} for row in rows if row["bench"] == "video"], args.results)
     return 0
 
 
