@@ -23,7 +23,9 @@ from skyreels_fast.config import VAE_STRIDE
 from skyreels_fast.dit.model import IMAGE_DIM
 from skyreels_fast.parallel import Degrees
 
-# About 100 tokens, as real prompts have.
+# Of a prompt and a negative prompt, as real ones have.
+CONTEXT_TOKENS = (100, 126)
+# About 100 tokens.
 PROMPT = " and ".join(["a red circle moving right on a dark blue background"] * 9)
 NEGATIVE_PROMPT = "a blue star standing still on a gray background"
 
@@ -246,8 +248,8 @@ def _request(work: Work, text_dim: int) -> sf.Request:
         guidance_scale=work.guidance,
         fps=work.fps,
         seed=0,
-        context=draw(512, text_dim),
-        negative_context=draw(512, text_dim),
+        context=draw(CONTEXT_TOKENS[0], text_dim),
+        negative_context=draw(CONTEXT_TOKENS[1], text_dim),
         **options,
     )
 

@@ -29,7 +29,15 @@ _MARKED = re.compile(r"(<!-- benchmarks:([\w-]+) -->\n).*?(<!-- /benchmarks:\2 -
 _WHAT = ("gpu", "model", "resolution", "frames", "mode", "gpus", "layout", "offload", "vram", "precision",
          "attention_asked", "guidance", "ar_step", "causal_block_size", "teacache", "base_frames", "overlap",
          "weights")  # fmt: skip
-_IMPLS = (OURS, "diffusers-accelerated", "diffusers", "diffusers-compiled", "reference", "lightx2v", "lightx2v-compiled")
+_IMPLS = (
+    OURS,
+    "diffusers-accelerated",
+    "diffusers",
+    "diffusers-compiled",
+    "reference",
+    "lightx2v",
+    "lightx2v-compiled",
+)
 
 
 def committed_rows(directory: Path) -> list[Row]:

@@ -12,13 +12,31 @@ from torch.nn import functional
 from skyreels_fast.config import TransformerConfig
 from skyreels_fast.dit.past import Past
 from skyreels_fast.dit.stream import Stream
-from skyreels_fast.ops import attention, linear_gelu, qk_norm, qk_norm_rope3d, qk_norm_rope3d_, query_rows
+from skyreels_fast.ops import (
+    attention,
+    context_attention,
+    linear_gelu,
+    qk_norm,
+    qk_norm_rope3d,
+    qk_norm_rope3d_,
+    query_rows,
+)
 
 # Called as ops.attention: attend(q, k, v, block_tokens=...), and for the context attend(q, k, v).
 Attend = Callable[..., Tensor]
 Grid = tuple[int, int, int]
-# One pair for the text and, in an I2V model, one for the image; each [B, n, N, Dh].
-KeysValues = tuple[tuple[Tensor, Tensor], ...]
+
+
+class Pair(NamedTuple):
+    """Keys and values [B, n, N, Dh] of a context; counts as in `ops.context_attention`, None: each counts once."""
+
+    k: Tensor
+    v: Tensor
+    counts: Tensor | None = None
+
+
+# One pair for the text and, in an I2V model, one for the image.
+KeysValues = tuple[Pair, ...]
 
 
 class Places(NamedTuple):
@@ -105,14 +123,14 @@ class CrossAttention(nn.Module):
             self.kv_img = nn.Linear(dim, 2 * dim)
             self.norm_k_img = HeadsNorm(dim)
 
-    def keys_values(self, text: Tensor, image: Tensor | None) -> KeysValues:
-        """Keys and values of the context: text [B, n, D] and, for I2V, image [B, m, D]."""
-        pairs = [self._pair(text, self.kv, self.norm_k)]
+    def keys_values(self, text: Tensor, image: Tensor | None = None, counts: Tensor | None = None) -> KeysValues:
+        """Keys and values of the context: text [B, n, D], with its counts, and for I2V image [B, m, D]."""
+        pairs = [Pair(*self._project(text, self.kv, self.norm_k), counts)]
         if image is not None:
-            pairs.append(self._pair(image, self.kv_img, self.norm_k_img))
+            pairs.append(Pair(*self._project(image, self.kv_img, self.norm_k_img)))
         return tuple(pairs)
 
-    def _pair(self, tokens: Tensor, layer: nn.Linear, norm: HeadsNorm) -> tuple[Tensor, Tensor]:
+    def _project(self, tokens: Tensor, layer: nn.Linear, norm: HeadsNorm) -> tuple[Tensor, Tensor]:
         k, v = layer(tokens).unflatten(-1, (2, self.heads, -1)).unbind(2)
         # The values are kept for many calls: a view would keep the keys' raw half with them.
         return qk_norm(k, norm.weight, eps=self.eps), v.contiguous()
@@ -122,9 +140,10 @@ class CrossAttention(nn.Module):
 
     def _attended(self, x: Tensor, keys_values: KeysValues, attend: Attend) -> Tensor:
         q = qk_norm(self.q(x).unflatten(-1, (self.heads, -1)), self.norm_q.weight, eps=self.eps)
-        out = attend(q, *keys_values[0])
-        for k, v in keys_values[1:]:
-            out = out + attend(q, k, v)
+        out = None
+        for k, v, counts in keys_values:
+            seen = attend(q, k, v) if counts is None else context_attention(q, k, v, counts)
+            out = seen if out is None else out + seen
         return out
 
 

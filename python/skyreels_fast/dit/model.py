@@ -45,23 +45,23 @@ class Embedded(NamedTuple):
 
 
 class Context:
-    """A condition: embedded text [B, text_len, D] and image [B, n, D] or None, with every block's keys and values.
+    """A condition: embedded text [B, n, D] and image [B, m, D] or None, with every block's keys and values.
 
     They depend on nothing else, so each block's are computed when first asked for and kept; with gradients enabled
-    nothing is kept.
+    nothing is kept. counts: [n] float32, how many equal tokens each of the text stands for; None: all for one.
     """
 
-    def __init__(self, text: Tensor, image: Tensor | None = None) -> None:
-        self.text = text
+    def __init__(self, text: Tensor, image: Tensor | None = None, counts: Tensor | None = None) -> None:
+        self.text, self.counts = text, counts
         self.image = image
         self._kept: dict[int, KeysValues] = {}
 
     def keys_values(self, index: int, block: Block) -> KeysValues:
         """The keys and values of `block`, which is the model's block number `index`."""
         if torch.is_grad_enabled():
-            return block.cross_attn.keys_values(self.text, self.image)
+            return block.cross_attn.keys_values(self.text, self.image, self.counts)
         if index not in self._kept:
-            self._kept[index] = block.cross_attn.keys_values(self.text, self.image)
+            self._kept[index] = block.cross_attn.keys_values(self.text, self.image, self.counts)
         return self._kept[index]
 
 
@@ -111,8 +111,8 @@ class DiT(nn.Module):
     def encode_context(self, text: Tensor, image: Tensor | None = None) -> Context:
         """The Context of text embeddings [B, n <= text_len, text_dim] and, for I2V, CLIP tokens [B, 257, 1280].
 
-        The text is padded with zeros to text_len, all of which is attended to. Raises ValueError for shapes that do
-        not fit, and for an image too many or too few.
+        All of text_len tokens are attended to, zeros behind the text; these are one token that counts as many times.
+        Raises ValueError for shapes that do not fit, and for an image too many or too few.
         """
         config = self.config
         if text.dim() != 3 or text.shape[2] != config.text_dim:
@@ -124,10 +124,14 @@ class DiT(nn.Module):
             raise ValueError(f"a {config.model_type} model {needs}")
         if image is not None and (image.dim() != 3 or image.shape[::2] != (text.shape[0], IMAGE_DIM)):
             raise ValueError(f"image tokens must be [{text.shape[0]}, n, {IMAGE_DIM}], not {list(image.shape)}")
-        weight = self.text_embedding[0].weight
-        padded = functional.pad(text, (0, 0, 0, config.text_len - text.shape[1]))
+        weight, padding = self.text_embedding[0].weight, config.text_len - text.shape[1]
+        counts = None
+        if padding > 1:
+            counts = torch.ones(text.shape[1] + 1, device=weight.device)
+            counts[-1] = padding
+        padded = functional.pad(text, (0, 0, 0, min(padding, 1)))
         tokens = self.text_embedding(padded.to(weight))
-        return Context(tokens, None if image is None else self.img_emb(image.to(weight)))
+        return Context(tokens, None if image is None else self.img_emb(image.to(weight)), counts)
 
     def time_embedding_of(self, timestep: Tensor, fps: int | None = None) -> tuple[Tensor, Tensor]:
         """e [B, F', D] and e0 [B, F', 6, D], float32, of timestep [B] (F' = 1) or [B, F] (F' = F).
