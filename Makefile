@@ -22,8 +22,6 @@ PACKAGE_FILES := $(shell find python -type f -not -path '*/__pycache__/*')
 INSTALLED := $(if $(wildcard $(VENV)/.for-test),$(VENV)/.for-test,$(VENV)/.for-demo)
 
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow"
-# Its commands are forked from the tests' process, which must have run nothing else, as a command's own has not.
-ALONE := tests/test_resume.py
 
 .PHONY: demo test clean
 
@@ -34,8 +32,7 @@ demo: $(INSTALLED)
 
 test: $(VENV)/.for-test
 	$(BIN)/ruff check .
-	$(PYTEST) -n 2 --dist loadfile --ignore $(ALONE) $(PYTEST_ARGS)
-	$(PYTEST) $(ALONE)
+	$(PYTEST) -n 2 --dist loadfile $(PYTEST_ARGS)
 
 $(VENV)/.for-demo: $(VENV)/.torch $(BUILD_FILES) $(PACKAGE_FILES)
 	$(PIP) install .

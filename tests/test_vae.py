@@ -212,6 +212,16 @@ def test_the_fades_of_tiles_cover_each_pixel() -> None:
             assert weights.amin() > 0.5
 
 
+def test_equal_frames_have_equal_latents_however_they_lie(vae: VAE) -> None:
+    """As they come from the decoder, joined as a run keeps them, and one by one: the same bits."""
+    decoded = list(vae.decode_stream(torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(0))))
+    whole = torch.cat(decoded, dim=2).contiguous()
+    assert decoded[0].stride() != decoded[0].contiguous().stride()
+    expected = vae.encode_stream(decoded)
+    for chunks in ([whole], whole.split(1, dim=2), [chunk.contiguous() for chunk in decoded]):
+        assert torch.equal(vae.encode_stream(chunks), expected)
+
+
 def test_a_budget_below_the_smallest_tile_is_refused(vae: VAE) -> None:
     latents = torch.zeros(1, 16, 1, 40, 24)
     least = tiles.decode_bytes(vae, (1, 16, 1, 16, 16))

@@ -223,7 +223,10 @@ class VAE(nn.Module):
             if chunk.shape[-2] % VAE_STRIDE[1] or chunk.shape[-1] % VAE_STRIDE[2]:
                 raise ValueError(f"the VAE takes heights and widths divisible by 8, got {tuple(chunk.shape[-2:])}")
             chunk = chunk if shared is None else shared.own(chunk)
-            yield from (frame.to(device, self._dtype).permute(0, 2, 3, 1).contiguous() for frame in chunk.unbind(2))
+            # A copy has the strides of its shape in each dimension, those of one element too, by which convolutions
+            # choose their algorithm: frames that are alike have the same bits, wherever they come from.
+            channels_last = (frame.to(device, self._dtype).permute(0, 2, 3, 1) for frame in chunk.unbind(2))
+            yield from (frame.clone(memory_format=torch.contiguous_format) for frame in channels_last)
 
     @property
     def _dtype(self) -> torch.dtype:
