@@ -23,7 +23,6 @@ Part = tuple[Args, Callable[[Tensor], Tensor]]  # arguments for some tokens, and
 
 CHECKED_FRAMES = 3
 CHECKED_ROWS = 32  # of attention, in a block
-CONTEXT_KEYS = 101  # a prompt of 100 tokens and its padding
 SCORES_LIMIT = 2**31  # bytes of float32 scores that plain torch attention may hold
 
 
@@ -200,24 +199,6 @@ def attention(grid: Grid, dim: int, head_dim: int, dtype: torch.dtype, device: t
         yield _case(room, "attention", args, cost, grid, variant=variant, **given)
 
 
-def context_attention(grid: Grid, dim: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
-    room = importlib.import_module("skyreels_fast.ops.context_attention")
-    tokens, heads = grid[0] * grid[1] * grid[2], dim // head_dim
-    shape = (1, tokens, heads, head_dim)
-    q = _draw(device, dtype, *shape)
-    k, v = (_draw(device, dtype, 1, CONTEXT_KEYS, heads, head_dim) for _ in range(2))
-    counts = torch.ones(CONTEXT_KEYS, device=device)
-    counts[-1] = 513 - CONTEXT_KEYS
-    args: Args = {"q": q, "k": k, "v": v, "counts": counts}
-
-    def parts() -> Iterator[Part]:
-        rows = torch.linspace(0, tokens - 1, min(CHECKED_ROWS, tokens), device=device).long()
-        yield {**args, "q": q[:, rows]}, lambda output: output[:, rows]
-
-    cost = room.context_attention_cost(shape, CONTEXT_KEYS, itemsize=dtype.itemsize)
-    yield _case(room, "context_attention", args, cost, grid, parts=parts)
-
-
 def _attention_rows(q: Tensor, k: Tensor, v: Tensor, block_tokens: int | None) -> Iterator[Part]:
     """Some rows of each block with the keys they see, which makes dense attention of them."""
     tokens = q.shape[1]
@@ -238,4 +219,4 @@ def _torch_sdpa(q: Tensor, k: Tensor, v: Tensor, block_tokens: int | None) -> Ca
     return lambda: functional.scaled_dot_product_attention(*heads_first, attn_mask=mask)
 
 
-CASES = {case.__name__: case for case in (adaln, attention, context_attention, qk_norm_rope3d, residual_reuse)}
+CASES = {case.__name__: case for case in (adaln, attention, qk_norm_rope3d, residual_reuse)}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from skyreels_fast.config import TransformerConfig
 from skyreels_fast.dit import DiT
-from skyreels_fast.dit.model import Context
+from skyreels_fast.dit.context import Context
 from skyreels_fast.dit.stream import Stream
 from skyreels_fast.sampling.denoise import denoise
 from skyreels_fast.sampling.teacache import TeaCacheSettings

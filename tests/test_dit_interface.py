@@ -12,6 +12,7 @@ from torch import Tensor
 from skyreels_fast import ops
 from skyreels_fast.config import TransformerConfig
 from skyreels_fast.dit import Context, DiT
+from skyreels_fast.dit.context import padding_log_counts
 from skyreels_fast.dit.embeddings import sinusoid
 from skyreels_fast.dit.stream import Stream
 
@@ -84,6 +85,40 @@ def test_blocks_and_attention_may_be_handed_in() -> None:
     out = dit.run_blocks(x, e0, context, grid, causal_block_size=3, blocks=iter(dit.blocks), attend=attend)
     assert rel_l2(out, expected) < 1e-5
     assert seen == [((1, 16, 2, 24), 12)] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 5, 100, 126, 480])
+def test_some_keys_count_for_all_of_the_padding(tokens: int, dtype: torch.dtype) -> None:
+    logs = torch.tensor(padding_log_counts(tokens, 512 - tokens, dtype), dtype=dtype)
+    assert (tokens + len(logs)) % 8 == 0 and len(logs) <= 10
+    assert logs.double().exp().sum().item() == pytest.approx(512 - tokens, rel=1e-5)
+
+
+def test_little_padding_stays_as_it_is() -> None:
+    assert padding_log_counts(512, 0, torch.bfloat16) is None and padding_log_counts(509, 3, torch.bfloat16) is None
+    context = small(text_len=10).encode_context(torch.randn(1, 9, 12))
+    assert context.log_counts is None and context.text.shape[1] == 10
+
+
+@pytest.mark.parametrize("model_type", ["t2v", "i2v"])
+@torch.inference_mode()
+def test_counted_padding_is_the_padding(model_type: str) -> None:
+    """A block gives what it gives with every token of the padding in its place."""
+    dit = small(model_type, text_len=200)
+    text = torch.randn(1, 4, 12)
+    image = torch.randn(1, 257, 1280) if model_type == "i2v" else None
+    counted = dit.encode_context(text, image)
+    plain = dit.encode_context(torch.nn.functional.pad(text, (0, 0, 0, 196)), image)
+    assert counted.text.shape[1] == 8 and plain.text.shape[1] == 200 and plain.log_counts is None
+    x, _, e0, grid = dit.embed(torch.randn(1, 16, 2, 8, 8), torch.tensor([300]))
+    assert rel_l2(dit.run_blocks(x, e0, counted, grid), dit.run_blocks(x, e0, plain, grid)) < 1e-6
+    low = small(model_type, text_len=200).bfloat16()
+    low.load_state_dict(dit.state_dict())
+    contexts = [low.encode_context(context, image) for context in (text, torch.nn.functional.pad(text, (0, 0, 0, 196)))]
+    exact = dit.run_blocks(x, e0, plain, grid)
+    few, many = (rel_l2(low.run_blocks(x.bfloat16(), e0, context, grid), exact) for context in contexts)
+    assert few < 1.1 * many
 
 
 @pytest.mark.parametrize("branches", [1, 2, 3])

@@ -12,7 +12,7 @@ import torch
 
 import skyreels_fast as sf
 from skyreels_fast import cli
-from skyreels_fast.dit.model import Context
+from skyreels_fast.dit.context import Context
 from skyreels_fast.encoders.text import TextEncoder
 from skyreels_fast.prompts import checked_prompts, first_frames, read_prompts, unused, window_prompts
 from skyreels_fast.request import RequestError

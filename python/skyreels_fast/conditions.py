@@ -11,7 +11,7 @@ from torch import Tensor
 from . import media
 from .checkpoint import Checkpoint
 from .config import VAE_STRIDE
-from .dit.model import Context
+from .dit.context import Context
 from .encoders.image import ImageEncoder
 from .encoders.text import TextEncoder
 from .placement import Placement

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from skyreels_fast.dit.block import Attend, Block
-from skyreels_fast.dit.model import Context, DiT, Embedded
+from skyreels_fast.dit.context import Context
+from skyreels_fast.dit.model import DiT, Embedded
 
 __all__ = ["Attend", "Block", "Context", "DiT", "Embedded"]

@@ -14,7 +14,6 @@ from skyreels_fast.dit.past import Past
 from skyreels_fast.dit.stream import Stream
 from skyreels_fast.ops import (
     attention,
-    context_attention,
     linear_gelu,
     qk_norm,
     qk_norm_rope3d,
@@ -28,11 +27,11 @@ Grid = tuple[int, int, int]
 
 
 class Pair(NamedTuple):
-    """Keys and values [B, n, N, Dh] of a context; counts as in `ops.context_attention`, None: each counts once."""
+    """Keys and values [B, n, N, Dh] of a context, and the logarithm [n] of how often each counts; None: once."""
 
     k: Tensor
     v: Tensor
-    counts: Tensor | None = None
+    log_counts: Tensor | None = None
 
 
 # One pair for the text and, in an I2V model, one for the image.
@@ -109,6 +108,13 @@ class SelfAttention(nn.Module):
         return attend(q, k, v, block_tokens=places.block_tokens)
 
 
+def _attend_counted(q: Tensor, k: Tensor, v: Tensor, log_counts: Tensor) -> Tensor:
+    """Attention in which key j counts exp(log_counts[j]) times: what is added to its score. One pass over q."""
+    heads_first = [tensor.transpose(1, 2) for tensor in (q, k, v)]
+    mask = log_counts.expand(q.shape[0], 1, q.shape[1], -1)
+    return functional.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2)
+
+
 class CrossAttention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -123,9 +129,9 @@ class CrossAttention(nn.Module):
             self.kv_img = nn.Linear(dim, 2 * dim)
             self.norm_k_img = HeadsNorm(dim)
 
-    def keys_values(self, text: Tensor, image: Tensor | None = None, counts: Tensor | None = None) -> KeysValues:
-        """Keys and values of the context: text [B, n, D], with its counts, and for I2V image [B, m, D]."""
-        pairs = [Pair(*self._project(text, self.kv, self.norm_k), counts)]
+    def keys_values(self, text: Tensor, image: Tensor | None = None, log_counts: Tensor | None = None) -> KeysValues:
+        """Keys and values of the context: text [B, n, D], with its log_counts, and for I2V image [B, m, D]."""
+        pairs = [Pair(*self._project(text, self.kv, self.norm_k), log_counts)]
         if image is not None:
             pairs.append(Pair(*self._project(image, self.kv_img, self.norm_k_img)))
         return tuple(pairs)
@@ -141,8 +147,8 @@ class CrossAttention(nn.Module):
     def _attended(self, x: Tensor, keys_values: KeysValues, attend: Attend) -> Tensor:
         q = qk_norm(self.q(x).unflatten(-1, (self.heads, -1)), self.norm_q.weight, eps=self.eps)
         out = None
-        for k, v, counts in keys_values:
-            seen = attend(q, k, v) if counts is None else context_attention(q, k, v, counts)
+        for k, v, log_counts in keys_values:
+            seen = attend(q, k, v) if log_counts is None else _attend_counted(q, k, v, log_counts)
             out = seen if out is None else out + seen
         return out
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from skyreels_fast.config import TransformerConfig
-from skyreels_fast.dit.block import Attend, Block, Grid, KeysValues, Places
+from skyreels_fast.dit.block import Attend, Block, Grid, Places
+from skyreels_fast.dit.context import Context, padding_log_counts
 from skyreels_fast.dit.embeddings import (
     ImageEmbedding,
     linear_fp32,
@@ -42,27 +43,6 @@ class Embedded(NamedTuple):
     e: Tensor  # [B, F', D] float32
     e0: Tensor  # [B, F', 6, D] float32
     grid: Grid  # (f, h, w) with L = f * h * w
-
-
-class Context:
-    """A condition: embedded text [B, n, D] and image [B, m, D] or None, with every block's keys and values.
-
-    They depend on nothing else, so each block's are computed when first asked for and kept; with gradients enabled
-    nothing is kept. counts: [n] float32, how many equal tokens each of the text stands for; None: all for one.
-    """
-
-    def __init__(self, text: Tensor, image: Tensor | None = None, counts: Tensor | None = None) -> None:
-        self.text, self.counts = text, counts
-        self.image = image
-        self._kept: dict[int, KeysValues] = {}
-
-    def keys_values(self, index: int, block: Block) -> KeysValues:
-        """The keys and values of `block`, which is the model's block number `index`."""
-        if torch.is_grad_enabled():
-            return block.cross_attn.keys_values(self.text, self.image, self.counts)
-        if index not in self._kept:
-            self._kept[index] = block.cross_attn.keys_values(self.text, self.image, self.counts)
-        return self._kept[index]
 
 
 class Head(nn.Module):
@@ -111,7 +91,7 @@ class DiT(nn.Module):
     def encode_context(self, text: Tensor, image: Tensor | None = None) -> Context:
         """The Context of text embeddings [B, n <= text_len, text_dim] and, for I2V, CLIP tokens [B, 257, 1280].
 
-        All of text_len tokens are attended to, zeros behind the text; these are one token that counts as many times.
+        All of text_len tokens are attended to, zeros behind the text: some that count for all of these.
         Raises ValueError for shapes that do not fit, and for an image too many or too few.
         """
         config = self.config
@@ -125,13 +105,13 @@ class DiT(nn.Module):
         if image is not None and (image.dim() != 3 or image.shape[::2] != (text.shape[0], IMAGE_DIM)):
             raise ValueError(f"image tokens must be [{text.shape[0]}, n, {IMAGE_DIM}], not {list(image.shape)}")
         weight, padding = self.text_embedding[0].weight, config.text_len - text.shape[1]
-        counts = None
-        if padding > 1:
-            counts = torch.ones(text.shape[1] + 1, device=weight.device)
-            counts[-1] = padding
-        padded = functional.pad(text, (0, 0, 0, min(padding, 1)))
-        tokens = self.text_embedding(padded.to(weight))
-        return Context(tokens, None if image is None else self.img_emb(image.to(weight)), counts)
+        logs = padding_log_counts(text.shape[1], padding, weight.dtype)
+        log_counts = None
+        if logs is not None:
+            padding = len(logs)
+            log_counts = torch.tensor([0.0] * text.shape[1] + logs, dtype=weight.dtype, device=weight.device)
+        tokens = self.text_embedding(functional.pad(text, (0, 0, 0, padding)).to(weight))
+        return Context(tokens, None if image is None else self.img_emb(image.to(weight)), log_counts)
 
     def time_embedding_of(self, timestep: Tensor, fps: int | None = None) -> tuple[Tensor, Tensor]:
         """e [B, F', D] and e0 [B, F', 6, D], float32, of timestep [B] (F' = 1) or [B, F] (F' = F).

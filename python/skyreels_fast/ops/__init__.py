@@ -6,7 +6,6 @@ from skyreels_fast.ops._attention_backends import query_rows
 from skyreels_fast.ops.adaln import norm_scale_shift, scale_residual, scale_residual_norm_scale_shift
 from skyreels_fast.ops.attention import attention, choose_attention
 from skyreels_fast.ops.causal_conv3d import causal_conv3d
-from skyreels_fast.ops.context_attention import context_attention
 from skyreels_fast.ops.linear_gelu import linear_gelu
 from skyreels_fast.ops.norm_silu import norm_silu
 from skyreels_fast.ops.qk_norm_rope3d import qk_norm, qk_norm_rope3d, qk_norm_rope3d_
@@ -16,7 +15,6 @@ __all__ = [
     "attention",
     "causal_conv3d",
     "choose_attention",
-    "context_attention",
     "linear_gelu",
     "norm_scale_shift",
     "norm_silu",

@@ -24,7 +24,8 @@ from .timesteps import Schedule
 from .unipc import UniPC
 
 if TYPE_CHECKING:
-    from skyreels_fast.dit.model import Context, DiT
+    from skyreels_fast.dit.context import Context
+    from skyreels_fast.dit.model import DiT
 
 
 class State(NamedTuple):
