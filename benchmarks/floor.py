@@ -42,15 +42,21 @@ def block_flops(config: TransformerConfig, grid: tuple[int, int, int], block: in
     return products, 4 * config.dim * (seen * per_frame**2 + tokens * context)
 
 
+def products_ms(config: TransformerConfig, tokens: int) -> float | None:
+    """Milliseconds of a forward's matrix products over `tokens` tokens; None for a width that was not measured."""
+    rates = {shape: rate for shape, rate in GEMM_TFLOPS.items() if config.dim in shape}
+    if not rates:
+        return None
+    best = max(rates.values())
+    products = sum(2 * tokens * a * b / rates.get((a, b), best) for a, b in gemms(config).values())
+    return config.num_layers * products / 1e9
+
+
 def forward_ms(
     config: TransformerConfig, grid: tuple[int, int, int], block: int | None = None, *, gpu: str
 ) -> float | None:
     """Milliseconds of a forward at the measured rates; None for a GPU or a width that they were not measured on."""
-    rates = {shape: rate for shape, rate in GEMM_TFLOPS.items() if config.dim in shape}
-    if GPU not in gpu or not rates:
+    products = products_ms(config, grid[0] * grid[1] * grid[2])
+    if GPU not in gpu or products is None:
         return None
-    tokens = grid[0] * grid[1] * grid[2]
-    best = max(rates.values())
-    products = sum(2 * tokens * a * b / rates.get((a, b), best) for a, b in gemms(config).values())
-    attention = block_flops(config, grid, block)[1] / ATTENTION_TFLOPS
-    return config.num_layers * (products + attention) / 1e9
+    return products + config.num_layers * block_flops(config, grid, block)[1] / ATTENTION_TFLOPS / 1e9

@@ -10,9 +10,10 @@ import pytest
 import torch
 from conftest import rel_l2
 
-from benchmarks import cases, harness, ops, products, vae_layers
+from benchmarks import breakdown, cases, floor, harness, ops, products, vae_layers
 from benchmarks.correctness import RedError, require_within_twice
 from benchmarks.harness import Timing
+from benchmarks.models import config
 from skyreels_fast.ops import residual_reuse
 from skyreels_fast.ops.attention import attention
 
@@ -233,3 +234,30 @@ def test_the_ways_to_take_a_product_agree() -> None:
     for found in outs.values():
         for other in found[1:]:
             torch.testing.assert_close(other, found[0])
+
+
+def test_kernels_are_told_apart_by_what_they_do():
+    names = {
+        "void cutlass::device_kernel<flash::FlashAttnFwdSm90>": breakdown.SELF,
+        "fmha_cutlassF_bf16_aligned_64x128_rf_sm80": breakdown.SELF,
+        "nvjet_sm90_tst_256x152_64x4_bias_TNT": breakdown.PRODUCTS,
+        "void cutlass::Kernel2<cutlass_80_simt_sgemm_128x64>": breakdown.PRODUCTS,
+        "_adaln_kernel": breakdown.NORMS,
+        "void skyreels_fast::(anonymous namespace)::norm_kernel<8>": breakdown.ROPE,
+        "Memset (Device)": breakdown.OTHER,
+    }
+    assert {name: breakdown.part_of(name) for name in names} == names
+    kernels = [breakdown.Kernel("flash", 80.0), breakdown.Kernel("fmha", 0.5), breakdown.Kernel("flash", 79.0)]
+    parts = breakdown.by_part(kernels)
+    assert parts[breakdown.SELF] == [80.0, 79.0] and parts[breakdown.CONTEXT] == [0.5]
+
+
+def test_the_floor_of_each_part_is_its_work_at_a_rate():
+    cfg, tokens = config("14B", "sync"), 51_000
+    floors = breakdown.floors_ms(cfg, (25, 34, 60), copy_gbps=4000.0)
+    assert floors[breakdown.SELF] == pytest.approx(40 * 4 * 5120 * tokens**2 / floor.ATTENTION_TFLOPS / 1e9)
+    residuals = 40 * tokens * 5120 * (3 * 2 + 3 * 2 + (2 + 4) + (4 + 4) + (4 + 2)) / 4000e6
+    assert floors[breakdown.NORMS] == pytest.approx(residuals, rel=0.01)  # and the modulation of each frame
+    least = floor.forward_ms(cfg, (25, 34, 60), gpu="NVIDIA H200")
+    assert floors[breakdown.SELF] + floors[breakdown.PRODUCTS] == pytest.approx(least, rel=0.01)
+    assert floors[breakdown.OTHER] is None

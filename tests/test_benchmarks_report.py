@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compare, harness, plots, report, video
+from benchmarks import compare, harness, plots, report, tables, video
 
 COMMON = ("run_id", "time", "gpu", "versions", "commit", "dirty")
 
@@ -70,20 +70,20 @@ def test_several_gpus_beside_one():
     alone, other = video_row(), video_row(model="1.3B")
     two = video_row(gpus=2, layout="1x1x2", s_per_step=4.7, ms_per_forward=2350.0)
     four = video_row(gpus=4, layout="2x1x2", s_per_step=2.5, ms_per_forward=1250.0)
-    lines = report.parallel_table([alone, other, two, four]).splitlines()
+    lines = tables.parallel_table([alone, other, two, four]).splitlines()
     assert lines[2:5] == [
         "| 14B | 540P, 97 frames | sync | 1 | 1 × 1 × 1 | 9.40 | 1.00 | 100% | 1.30 | 32.5 |",
         "| 14B | 540P, 97 frames | sync | 2 | 1 × 1 × 2 | 4.70 | 2.00 | 100% | 1.30 | 32.5 |",
         "| 14B | 540P, 97 frames | sync | 4 | 2 × 1 × 2 | 2.50 | 3.76 | 94% | 1.30 | 32.5 |",
     ]
-    assert report.parallel_table([alone, other]) == report.EMPTY
-    assert "| 2 | 1 × 1 × 2 | 4.70 |  |  |" in report.parallel_table([two])
+    assert tables.parallel_table([alone, other]) == tables.EMPTY
+    assert "| 2 | 1 × 1 × 2 | 4.70 |  |  |" in tables.parallel_table([two])
 
 
 def test_tables_are_made_from_committed_rows(results: Path, capsys: pytest.CaptureFixture):
     rows = report.committed_rows(results)
     assert "draft.jsonl" in capsys.readouterr().err
-    assert report.forward_table(rows).splitlines() == [
+    assert tables.forward_table(rows).splitlines() == [
         "| model | video | mode | GPUs | by | attention | ms a forward | times ours | s a step | peak GiB |",
         "| --- | --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: |",
         "| 14B | 540P, 97 frames | sync | 1 | skyreels_fast | fa3 | 4,600 | 1.00 | 9.40 | 32.5 |",
@@ -92,11 +92,11 @@ def test_tables_are_made_from_committed_rows(results: Path, capsys: pytest.Captu
         "NVIDIA H200, torch 2.11.0, 2026-11-23, commit cccccccccc; NVIDIA H200, torch 2.11.0, 2026-11-22, "
         "commit cccccccccc.",
     ]
-    table = report.ops_table(rows)
+    table = tables.ops_table(rows)
     assert "| norm_scale_shift | 1×51000×1536 | bfloat16 | cuda | 100 | 3,900 GB/s | 92% | 5.10 | 1.25 |" in table
     assert "| triton | 104 |" in table and "| ref |" not in table
-    assert "| 14B | 540P, 97 frames | sync | 1 |  | 9.40 | 1.30 | 0.80 | 32.5 | 33.0 |" in report.stages_table(rows)
-    assert report.ops_table([]) == report.EMPTY
+    assert "| 14B | 540P, 97 frames | sync | 1 |  | 9.40 | 1.30 | 0.80 | 32.5 | 33.0 |" in tables.stages_table(rows)
+    assert tables.ops_table([]) == tables.EMPTY
 
 
 def test_readme_is_written_and_checked(results: Path):
@@ -179,3 +179,31 @@ def test_two_files_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture):
 def test_nothing_in_common_is_an_error():
     with pytest.raises(ValueError, match="same GPU"):
         compare.changes([op_row()], [op_row(gpu="NVIDIA A100")])
+
+
+def test_where_the_time_goes_and_what_others_take():
+    common = {key: video_row()[key] for key in COMMON}
+    parts = [("norms", 20.0, 10.0), ("all else", 1.0, None)]
+    rows = [
+        {"bench": "breakdown", "model": "14B", "part": part, "ms": ms, "floor_ms": least, "forward_ms": 40.0, **common}
+        for part, ms, least in parts
+    ]
+    table = tables.breakdown_table(rows).splitlines()
+    assert table[2:4] == ["| 14B | norms | 20.0 | 50.0% | 10.0 | 2.00 |", "| 14B | all else | 1.0 | 2.5% |  |  |"]
+
+    product = {
+        "bench": "algorithms",
+        "model": "14B",
+        "rows": 51000,
+        "inner": 5120,
+        "outer": 13824,
+        "gelu": True,
+        **common,
+    }
+    times = {"torch": 11.0, "cublasLt #0": 11.1, "cublasLt #1": 10.5}
+    rows = [product | {"impl": impl, "ms_median": ms, "tflops": 7220 / ms} for impl, ms in times.items()]
+    assert "| 14B | 51,000 × 5120 → 13824, GELU | 11.000 | 656 | 10.500 |" in tables.algorithms_table(rows)
+
+    loaded = {"bench": "loading", "model": "14B", "cache": "cold", "bytes": 28.6e9, "gb_per_s": 1.5, **common}
+    rows = [loaded | {"way": way, "seconds": seconds} for way, seconds in (("read", 20.0), ("resident", 16.0))]
+    assert "| 14B, 28.6 GB | to the GPU | cold | 16.00 | 1.5 | 20.00 |" in tables.loading_table(rows)
