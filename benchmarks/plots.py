@@ -10,6 +10,7 @@ PLOTS = {
     "latency": ("One forward", "ms_per_forward", "ms"),
     "memory": ("Peak GPU memory while denoising", "peak_allocated_gib", "GiB"),
 }
+_FORMATS = {"ms": "{:,.0f}", "GiB": "{:.1f}"}
 _COLOURS = {
     "skyreels_fast": "#1b6ca8",
     "diffusers-accelerated": "#7fb2d9",
@@ -20,14 +21,19 @@ _COLOURS = {
 
 
 def bars(rows: list[dict[str, Any]], key: str) -> tuple[list[str], dict[str, list[float | None]]]:
-    """(groups, heights of each implementation's bars), of the latest rows: one GPU, resident, all frames in step."""
+    """(groups, heights of each implementation's bars), of the latest rows: one GPU, resident, all frames in step.
+
+    Of what a peer was measured on too.
+    """
     plain = [
         row
         for row in rows
         if (row["mode"], row["gpus"]) == ("sync", 1) and not (row["offload"] or row.get("vram") or row["teacache"])
     ]
     known = [row for row in plain if row["impl"] in _COLOURS and row.get(key) is not None]
-    groups = sorted({_group(row) for row in known})
+    beside = {_group(row) for row in known if row["impl"] != "skyreels_fast"}
+    known = [row for row in known if _group(row) in beside]
+    groups = sorted(beside)
     heights: dict[str, list[float | None]] = {impl: [None] * len(groups) for impl in _COLOURS}
     for row in sorted(known, key=lambda row: row["time"]):
         heights[row["impl"]][groups.index(_group(row))] = row[key]
@@ -42,6 +48,7 @@ def draw(rows: list[dict[str, Any]], directory: Path) -> list[Path]:
     """The plots that there are rows for. Raises ValueError where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
     except ImportError:
         raise ValueError("plots need matplotlib: pip install 'skyreels-fast[bench]'") from None
     files = []
@@ -49,18 +56,19 @@ def draw(rows: list[dict[str, Any]], directory: Path) -> list[Path]:
         groups, heights = bars(rows, key)
         if not groups:
             continue
-        figure = Figure(figsize=(2 + 1.8 * len(groups), 4), layout="constrained")
-        axes = figure.subplots()
-        width = 0.8 / len(heights)
-        for place, (impl, values) in enumerate(heights.items()):
-            at = [group + width * (place - (len(heights) - 1) / 2) for group in range(len(groups))]
-            drawn = axes.bar(at, [value or 0 for value in values], width, label=impl, color=_COLOURS[impl])
-            axes.bar_label(drawn, [f"{value:,.0f}" if value else "" for value in values], fontsize=8)
-        axes.set_xticks(range(len(groups)), groups)
-        axes.set_ylabel(unit)
-        axes.set_title(title)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        figure = Figure(figsize=(1.5 + 2.2 * len(groups), 3.6), layout="constrained")
+        panels = figure.subplots(1, len(groups), squeeze=False)[0]
+        for place, (group, axes) in enumerate(zip(groups, panels, strict=True)):
+            there = {impl: values[place] for impl, values in heights.items() if values[place] is not None}
+            drawn = axes.bar(list(there), list(there.values()), color=[_COLOURS[impl] for impl in there])
+            axes.bar_label(drawn, fmt=_FORMATS[unit], fontsize=8)
+            axes.set_xticks([], [])
+            axes.set_xlabel(group)
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.supylabel(unit, fontsize=10)
+        figure.suptitle(title)
+        patches = [Patch(color=_COLOURS[impl], label=impl) for impl in heights]
+        figure.legend(handles=patches, frameon=False, loc="outside lower center", ncols=len(patches), fontsize=8)
         files.append(directory / f"{name}.png")
         figure.savefig(files[-1], dpi=120, metadata={"Software": None})
     return files

@@ -129,12 +129,14 @@ def test_bars_stand_beside_each_other():
         video_row("diffusers", ms_per_forward=7000.0),
         video_row(model="1.3B", ms_per_forward=930.0),
         video_row(model="1.3B", ms_per_forward=900.0, time="2026-11-23T10:00:00+00:00"),
+        video_row("reference", model="1.3B", ms_per_forward=1784.0),
+        video_row(resolution="720P", frames=121, ms_per_forward=1.0),  # with nobody beside it
         video_row(offload=True, ms_per_forward=1.0),
         video_row(mode="async", ms_per_forward=1.0),
     ]
     groups, heights = plots.bars(rows, "ms_per_forward")
     assert groups == ["1.3B 540P\n97 frames", "14B 540P\n97 frames"]
-    assert heights == {"skyreels_fast": [900.0, 4700.0], "diffusers": [None, 7000.0]}
+    assert heights == {"skyreels_fast": [900.0, 4700.0], "diffusers": [None, 7000.0], "reference": [1784.0, None]}
 
 
 @pytest.mark.parametrize(
