@@ -1,8 +1,8 @@
 """What bfloat16 costs the VAE: `python -m benchmarks.fidelity`.
 
-Videos go through the bundled model's VAE in float32 and in bfloat16: drawn ones, as it was trained on, and a camera that
-moves over photographs (skimage.data). PSNR in dB against float32, of decoding the same latents and of the whole way,
-encoding and decoding; and beside it what the VAE itself loses, of float32 against the video.
+Videos go through the bundled model's VAE in float32 and in bfloat16: drawn ones, as it was trained on, and a camera
+that moves over photographs (skimage.data). PSNR in dB against float32, of decoding the same latents and of the whole
+way, encoding and decoding; and beside it what the VAE itself loses, of float32 against the video.
 """
 
 from __future__ import annotations
@@ -35,10 +35,8 @@ def photographs() -> Iterator[tuple[str, Tensor]]:
     from skimage import data
 
     for name in PHOTOGRAPHS:
-        pixels = (
-            torch.from_numpy(np.ascontiguousarray(getattr(data, name)()[..., :3])).permute(2, 0, 1)[None] / 127.5 - 1
-        )
-        yield name, pan(pixels, FRAMES, SIZE)
+        pixels = torch.from_numpy(np.ascontiguousarray(getattr(data, name)()[..., :3])).permute(2, 0, 1)
+        yield name, pan(pixels[None] / 127.5 - 1, FRAMES, SIZE)
 
 
 def pan(picture: Tensor, frames: int, size: tuple[int, int]) -> Tensor:

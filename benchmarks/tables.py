@@ -215,6 +215,17 @@ def loading_table(rows: list[Row]) -> str:
     return _table(_latest(measured, ("model", "way", "cache", "gpu")), texts, numbers)
 
 
+def fidelity_table(rows: list[Row]) -> str:
+    """What bfloat16 costs the VAE."""
+    latest = _latest((row for row in rows if row["bench"] == "fidelity"), ("video", "gpu"))
+    texts: Columns = {
+        "video": lambda row: row["video"],
+        "size": lambda row: f"{row['width']}×{row['height']}, {row['frames']} frames",
+    }
+    numbers: Columns = {"decoded, dB": _column("decoded_db", 1), "encoded and decoded, dB": _column("both_db", 1)}
+    return _table(latest, texts, numbers)
+
+
 TABLES = {
     "forward": forward_table,
     "stages": stages_table,
@@ -223,4 +234,5 @@ TABLES = {
     "breakdown": breakdown_table,
     "algorithms": algorithms_table,
     "loading": loading_table,
+    "fidelity": fidelity_table,
 }

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import rel_l2
 
-from benchmarks import breakdown, cases, floor, harness, ops, products, vae_layers
+from benchmarks import breakdown, cases, fidelity, floor, harness, ops, products, vae_layers
 from benchmarks.correctness import RedError, require_within_twice
 from benchmarks.harness import Timing
 from benchmarks.models import config
@@ -261,3 +261,14 @@ def test_the_floor_of_each_part_is_its_work_at_a_rate():
     least = floor.forward_ms(cfg, (25, 34, 60), gpu="NVIDIA H200")
     assert floors[breakdown.SELF] + floors[breakdown.PRODUCTS] == pytest.approx(least, rel=0.01)
     assert floors[breakdown.OTHER] is None
+
+
+def test_a_camera_moves_over_a_picture():
+    x = torch.linspace(-1, 1, 60).expand(1, 3, 40, 60)
+    video = fidelity.pan(x, 5, (32, 48))
+    assert video.shape == (1, 3, 5, 32, 48)
+    brightness = video.mean((0, 1, 3, 4))
+    assert (brightness.diff() > 0).all() and brightness[2].abs() < 1e-3  # from left to right, through the middle
+    spread = video[0, 0, :, 16, -1] - video[0, 0, :, 16, 0]
+    assert (spread.diff() < 0).all() and spread[0] > 1.5  # and nearer
+    assert fidelity.psnr_db(video, video + 0.02) == pytest.approx(40, abs=1e-3)
