@@ -226,6 +226,14 @@ def fidelity_table(rows: list[Row]) -> str:
     return _table(latest, texts, numbers)
 
 
+def hostmemory_table(rows: list[Row]) -> str:
+    """What a command takes of host memory, by the length of its video."""
+    latest = _latest((row for row in rows if row["bench"] == "hostmemory"), ("model_id", "frames"))
+    latest.sort(key=lambda row: row["frames"])
+    texts: Columns = {"model": lambda row: row["model_id"], "frames": lambda row: f"{row['frames']:,}"}
+    return _table(latest, texts, {"peak host memory, MiB": _column("peak_host_mib", 0)})
+
+
 TABLES = {
     "forward": forward_table,
     "stages": stages_table,
@@ -235,4 +243,5 @@ TABLES = {
     "algorithms": algorithms_table,
     "loading": loading_table,
     "fidelity": fidelity_table,
+    "hostmemory": hostmemory_table,
 }
