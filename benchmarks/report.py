@@ -23,7 +23,7 @@ _MARKED = re.compile(r"(<!-- benchmarks:([\w-]+) -->\n).*?(<!-- /benchmarks:\2 -
 def committed_rows(directory: Path) -> list[Row]:
     """Rows of the *.jsonl files in `directory` that git tracks (all of them where there is no git), the oldest first.
 
-    CPU rows are left out, save those of fidelity and host memory: they say that the benchmarks run, not how fast anything is.
+    CPU rows are left out, save those of fidelity and host memory: they say that a benchmark runs, not how fast it is.
     """
     rows = [row for file in _committed(directory) for row in harness.read(file)]
     rows = [row for row in rows if row.get("gpu") != "cpu" or row["bench"] in ("fidelity", "hostmemory")]
