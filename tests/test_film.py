@@ -14,7 +14,7 @@ import torch
 
 import skyreels_fast as sf
 from skyreels_fast import _encoder, media
-from skyreels_fast.film import Film, Mark
+from skyreels_fast.film import Film, Mark, _in_fragments
 
 
 def noisy(count: int) -> np.ndarray:
@@ -146,6 +146,30 @@ def test_a_full_disk_leaves_whole_fragments(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (tmp_path / "out.mp4").stat().st_size == size
     assert len(shown(tmp_path / "out.mp4")) == 36
+
+
+def test_a_plain_film_stays_as_it_is(tmp_path: Path) -> None:
+    film = film_in(tmp_path)
+    write(film, 0, 90)
+    film.close()
+    path = tmp_path / "out.mp4"
+    grown = path.read_bytes()
+    film.make_plain()
+    plain = path.read_bytes()
+    assert b"moof" in grown and b"moof" not in plain and np.array_equal(shown(path), shown_in(grown, tmp_path))
+    film.make_plain()
+    assert path.read_bytes() == plain
+    # The payload of a long video has its size in 64 bits, or none where it is the last box.
+    for box in ((1).to_bytes(4, "big") + b"mdat" + (24).to_bytes(8, "big") + bytes(8), bytes(4) + b"mdatmoof"):
+        path.write_bytes(box)
+        assert not _in_fragments(path)
+    path.write_bytes((1).to_bytes(4, "big") + b"mdat" + (16).to_bytes(8, "big") + (8).to_bytes(4, "big") + b"moof")
+    assert _in_fragments(path)
+
+
+def shown_in(data: bytes, folder: Path) -> np.ndarray:
+    (folder / "other.mp4").write_bytes(data)
+    return shown(folder / "other.mp4")
 
 
 def test_a_source_that_breaks_off_is_told(tmp_path: Path, pipelines: dict[str, sf.Pipeline]) -> None:

@@ -20,6 +20,7 @@ from conftest import GOLDEN
 from skyreels_fast import _job, cli, media
 from skyreels_fast.dit.model import DiT
 from skyreels_fast.film import Film
+from skyreels_fast.run import Run
 
 SIZE = ["--height", "32", "--width", "32", "--device", "cpu", "--save_every", "0"]
 LONG = ["--num_frames", "29", "--base_num_frames", "13", "--overlap_history", "5"]
@@ -293,11 +294,13 @@ def test_a_lost_video_is_made_again_from_its_latents(broken) -> None:
     assert "note: out.mp4 is not as the run left it" in said_without_the_model(expected)
 
 
-def test_a_run_killed_while_it_was_cleared_away_is_finished(broken) -> None:
+@pytest.mark.parametrize("when", ["before the video got its index", "before the folder was removed"])
+def test_a_run_killed_while_it_was_cleared_away_is_finished(when: str, broken) -> None:
     _, expected = broken
 
     def kill_at_the_end() -> None:
-        Film.make_plain = lambda film: os.kill(os.getpid(), signal.SIGKILL)
+        owner, method = (Film, "make_plain") if "index" in when else (Run, "remove")
+        setattr(owner, method, lambda _: os.kill(os.getpid(), signal.SIGKILL))
 
     assert run("df", ["--resume", "out.run"], kill_at_the_end).killed
     assert np.array_equal(frames_of("out.mp4"), expected)

@@ -103,7 +103,12 @@ class Film:
                 self._file = None
 
     def make_plain(self) -> None:
-        """Replace the closed file by the same pictures with one index. VideoError or OSError if it has to stay."""
+        """Replace the closed file by the same pictures with one index. VideoError or OSError if it has to stay.
+
+        A file that has one is left alone: ffmpeg's copy of a copy may show a picture twice.
+        """
+        if not _in_fragments(self.path):
+            return
         plain = unfinished(self._folder, ".mp4")
         try:
             make_plain(self.path, plain)
@@ -177,6 +182,22 @@ class _Take:
                 file.seek(self._position)
                 yield kind, file.read(size)
                 self._position += size  # only now: what could not be appended comes again
+
+
+def _in_fragments(path: Path) -> bool:
+    with open(path, "rb") as file:
+        length, position = os.fstat(file.fileno()).st_size, 0
+        while position + 8 <= length:
+            file.seek(position)
+            size, kind = struct.unpack(">I4s", file.read(8))
+            if kind == b"moof":
+                return True
+            if size == 1:  # then it stands behind, in 64 bits
+                size = int.from_bytes(file.read(8), "big")
+            if size < 8:  # the rest of the file
+                return False
+            position += size
+    return False
 
 
 def _opened(path: Path, length: int) -> BinaryIO:
