@@ -14,7 +14,8 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 NVCC := $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc))
-WITH_CUDA := $(if $(NVCC),-C cmake.define.SKYREELS_FAST_CUDA=ON)
+# By the environment, for the option of pip came late.
+WITH_CUDA := $(if $(NVCC),SKBUILD_CMAKE_DEFINE="SKYREELS_FAST_CUDA=ON")
 
 BUILD_FILES := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 PACKAGE_FILES := $(shell find python -type f -not -path '*/__pycache__/*')
@@ -39,7 +40,7 @@ $(VENV)/.for-demo: $(VENV)/.torch $(BUILD_FILES) $(PACKAGE_FILES)
 	@touch $@
 
 $(VENV)/.for-test: $(VENV)/.torch $(BUILD_FILES)
-	$(PIP) install -e '.[test]' $(WITH_CUDA)
+	$(WITH_CUDA) $(PIP) install -e '.[test]'
 	@touch $@
 
 $(VENV)/.torch:
