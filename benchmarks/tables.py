@@ -212,6 +212,7 @@ def loading_table(rows: list[Row]) -> str:
     reads = {(row["run_id"], row["cache"]): row for row in rows if row["bench"] == "loading" and row["way"] == "read"}
     numbers: Columns = {"s": _column("seconds"), "GB/s": _column("gb_per_s", 1)}
     numbers |= {"reading the file alone, s": lambda row: _number(reads[row["run_id"], row["cache"]]["seconds"], 2)}
+    numbers |= {"PCIe alone, s": lambda row: _number(row["bytes"] / row["pcie_gb_per_s"] / 1e9, 2)}
     return _table(_latest(measured, ("model", "way", "cache", "gpu")), texts, numbers)
 
 
