@@ -17,34 +17,41 @@ _COLOURS = {
     "diffusers-compiled": "#8a8f98",
     "diffusers": "#c3c7cd",
     "reference": "#d9b48f",
+    "lightx2v": "#b59a7a",
 }
+_BESIDE = ("diffusers", "diffusers-accelerated", "diffusers-compiled")
+_APART = ("reference", "lightx2v")  # measured by themselves, the latter in T2V, which is all it has
+Row = dict[str, Any]
 
 
-def bars(rows: list[dict[str, Any]], key: str) -> tuple[list[str], dict[str, list[float | None]]]:
-    """(groups, heights of each implementation's bars), of the latest rows: one GPU, resident, all frames in step.
+def bars(rows: list[Row], key: str) -> tuple[list[str], dict[str, list[float | None]]]:
+    """(groups, heights of each implementation's bars): one GPU, resident, all frames in step.
 
-    Of what a peer was measured on too.
+    A group is the latest run of its size in which a peer was measured beside us; others' forwards, which were measured
+    apart (`source`), stand there with their best.
     """
-    plain = [
-        row
-        for row in rows
-        if (row["mode"], row["gpus"]) == ("sync", 1) and not (row["offload"] or row.get("vram") or row["teacache"])
-    ]
-    known = [row for row in plain if row["impl"] in _COLOURS and row.get(key) is not None]
-    beside = {_group(row) for row in known if row["impl"] != "skyreels_fast"}
-    known = [row for row in known if _group(row) in beside]
-    groups = sorted(beside)
+    plain = [row for row in rows if row["gpus"] == 1 and not (row["offload"] or row.get("vram") or row["teacache"])]
+    plain = [row for row in plain if row["impl"].removesuffix("-compiled") in _APART or row["mode"] == "sync"]
+    known = sorted((row for row in plain if row.get(key) is not None), key=lambda row: row["time"])
+    runs = {_group(row): row["run_id"] for row in known if row["impl"] in _BESIDE}
+    groups = sorted(runs)
     heights: dict[str, list[float | None]] = {impl: [None] * len(groups) for impl in _COLOURS}
-    for row in sorted(known, key=lambda row: row["time"]):
-        heights[row["impl"]][groups.index(_group(row))] = row[key]
+    for row in known:
+        if (group := _group(row)) not in runs:
+            continue
+        if row.get("source"):
+            values, place = heights[row["impl"].removesuffix("-compiled")], groups.index(group)
+            values[place] = min(row[key], values[place] or row[key])
+        elif row["run_id"] == runs[group] and row["impl"] in _COLOURS:
+            heights[row["impl"]][groups.index(group)] = row[key]
     return groups, {impl: values for impl, values in heights.items() if any(values)}
 
 
-def _group(row: dict[str, Any]) -> str:
+def _group(row: Row) -> str:
     return f"{row['model']} {row['resolution']}\n{row['frames']} frames"
 
 
-def draw(rows: list[dict[str, Any]], directory: Path) -> list[Path]:
+def draw(rows: list[Row], directory: Path) -> list[Path]:
     """The plots that there are rows for. Raises ValueError where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure

@@ -190,7 +190,7 @@ def algorithms_table(rows: list[Row]) -> str:
     lines = []
     for row in _latest((row for row in measured if row["impl"] == "torch"), (*what, "gpu")):
         others = [one for one in offered if all(one[key] == row[key] for key in (*what, "run_id"))]
-        lines.append(row | {"best_ms": min(one["ms_median"] for one in others)})
+        lines.append(row | {"best_ms": min((one["ms_median"] for one in others), default=None)})
     lines.sort(key=lambda row: (row["model"] != "1.3B", row["rows"], row["inner"], row["outer"]))
     texts: Columns = {
         "model": lambda row: row["model"],
@@ -210,8 +210,12 @@ def loading_table(rows: list[Row]) -> str:
         "page cache": lambda row: row["cache"],
     }
     reads = {(row["run_id"], row["cache"]): row for row in rows if row["bench"] == "loading" and row["way"] == "read"}
+
+    def alone(row: Row) -> float | None:
+        return reads.get((row["run_id"], row["cache"]), {}).get("seconds")
+
     numbers: Columns = {"s": _column("seconds"), "GB/s": _column("gb_per_s", 1)}
-    numbers |= {"reading the file alone, s": lambda row: _number(reads[row["run_id"], row["cache"]]["seconds"], 2)}
+    numbers |= {"reading the file alone, s": lambda row: _number(alone(row), 2)}
     numbers |= {"PCIe alone, s": lambda row: _number(row["bytes"] / row["pcie_gb_per_s"] / 1e9, 2)}
     return _table(_latest(measured, ("model", "way", "cache", "gpu")), texts, numbers)
 
@@ -235,6 +239,23 @@ def hostmemory_table(rows: list[Row]) -> str:
     return _table(latest, texts, {"peak host memory, MiB": _column("peak_host_mib", 0)})
 
 
+def tried_table(rows: list[Row]) -> str:
+    """What was tried, and what the forward does instead."""
+    latest = _latest((row for row in rows if row["bench"] == "tried"), ("what", "heads", "by"))
+    latest.sort(key=lambda row: (row["what"], row["heads"], row["us_median"]))
+    texts: Columns = {"what": lambda row: row["what"], "by": lambda row: row["by"]}
+    return _table(latest, texts, {"heads": _column("heads", 0), "µs": _column("us_median", 0)})
+
+
+def power_table(rows: list[Row]) -> str:
+    """The clock that a GPU at its power limit keeps."""
+    latest = _latest((row for row in rows if row["bench"] == "power"), ("what", "gpu"))
+    texts: Columns = {"what": lambda row: row["what"]}
+    numbers: Columns = {"count": _column("samples", 0), "W": _column("watts", 0), "MHz": _column("sm_mhz", 0)}
+    numbers |= {"p20 to p80": lambda row: f"{row['sm_mhz_p20']:,} to {row['sm_mhz_p80']:,}"}
+    return _table(latest, texts, numbers | {"at most": _column("most_mhz", 0)})
+
+
 TABLES = {
     "forward": forward_table,
     "stages": stages_table,
@@ -245,4 +266,6 @@ TABLES = {
     "loading": loading_table,
     "fidelity": fidelity_table,
     "hostmemory": hostmemory_table,
+    "tried": tried_table,
+    "power": power_table,
 }

@@ -51,7 +51,8 @@ def test_floor_counts_products_and_attention():
     assert attended == 4 * dim * tokens * (tokens + 512)
     dense = 4 * dim * tokens * tokens
     assert floor.block_flops(config, (25, 34, 60), 5)[1] - 4 * dim * tokens * 512 == 0.6 * dense
-    seconds = 2 * tokens * dim * (3 * dim / 723 + 3 * dim / 822 + ffn / 718 + ffn / 722) / 1e12 + attended / 684e12
+    seconds = 2 * tokens * dim * (3 * dim / 723 + 3 * dim / 822 + ffn / 718 + ffn / 722) / 1e12
+    seconds += attended / floor.ATTENTION_TFLOPS / 1e12
     assert floor.forward_ms(config, (25, 34, 60), gpu="NVIDIA H200") == pytest.approx(40e3 * seconds)
     assert floor.forward_ms(config, (25, 34, 60), gpu="NVIDIA A100") is None
     assert floor.forward_ms(models.config("tiny", "sync"), (2, 2, 2), gpu="NVIDIA H200") is None

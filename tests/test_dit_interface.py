@@ -8,10 +8,12 @@ import pytest
 import torch
 from conftest import rel_l2
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from skyreels_fast import ops
 from skyreels_fast.config import TransformerConfig
 from skyreels_fast.dit import Context, DiT
+from skyreels_fast.dit.block import Places
 from skyreels_fast.dit.context import padding_log_counts
 from skyreels_fast.dit.embeddings import sinusoid
 from skyreels_fast.dit.stream import Stream
@@ -141,6 +143,29 @@ def test_branches_are_one_until_their_contexts(branches: int) -> None:
         assert rel_l2(out, alone) < 1e-6
     assert len(calls) == 1 + 2 * branches and set(calls) == {8}
     assert all(rel_l2(out, outs[0]) > 1e-3 for out in outs[1:])
+
+
+@torch.inference_mode()
+def test_a_stream_that_waits_holds_one_tensor() -> None:
+    """The last one of a block stays open, for it is the first of the next."""
+    dit = small(num_layers=3)
+    contexts = [dit.encode_context(torch.randn(1, 4, 12)) for _ in range(3)]
+    x, _, e0, grid = dit.embed(torch.randn(1, 16, 4, 4, 4), torch.tensor([300]))
+    streams, places = [Stream(x)], [Places(grid)] * 3
+    for index, last in enumerate((2, 0, 2)):
+        keys_values = [context.keys_values(index, dit.blocks[index]) for context in contexts]
+        streams = dit.blocks[index](streams, e0, keys_values, places, index)
+        assert [stream._open is not None for stream in streams] == [branch == last for branch in range(3)]
+
+
+def test_blocks_compile_once() -> None:
+    """They differ in their weights alone, so the code for one is that for all."""
+    dit, counter = small(num_layers=5), CompileCounter()
+    torch._dynamo.reset()
+    blocks = [torch.compile(block, backend=counter, dynamic=False) for block in dit.blocks]
+    x, _, e0, grid = dit.embed(torch.randn(1, 16, 2, 4, 4), torch.tensor([300]))
+    dit.run_blocks(x, e0, dit.encode_context(torch.randn(1, 4, 12)), grid, blocks=blocks)
+    assert counter.frame_count <= 2  # the first begins with no open sum
 
 
 @torch.inference_mode()

@@ -16,6 +16,7 @@ from .parallel import Team as Sharing
 from .placement import Placement
 from .plan import Plan
 from .sampling.team import Alone, Team
+from .vae import VAE, tiles
 
 
 class Machine:
@@ -103,17 +104,19 @@ class Machine:
         cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
         return team.least(max(0, free + cached - total // 10))
 
-    def decode_bytes(self, *modules: nn.Module) -> int | None:
-        """GPU memory for decoding beside those weights of `modules` that are there; None: no limit.
+    def decode_bytes(self, dit: nn.Module, vae: VAE) -> int | None:
+        """GPU memory for decoding beside those weights that are there; None: no limit.
 
-        Of --vram, or else of the whole GPU, whatever is free of it: the same run decodes the same way again.
+        Of --vram, or else of the whole GPU, whatever is free of it: the same run decodes the same way again. Never less
+        than the smallest tile takes: what has been denoised is at least tried to be decoded.
         """
         device = self.placement.device
         if device.type != "cuda":
             return None
         total = torch.cuda.mem_get_info(device)[1] if self._vram is None else int(self._vram * GIB)
-        weights = sum(tensor.nbytes for module in modules for tensor in module.parameters() if tensor.device == device)
-        return max(0, total - OVERHEAD_BYTES - weights)
+        parameters = (*dit.parameters(), *vae.parameters())
+        weights = sum(tensor.nbytes for tensor in parameters if tensor.device == device)
+        return max(tiles.least_bytes(vae), total - OVERHEAD_BYTES - weights)
 
 
 def _tokens_per_frame(plan: Plan) -> int:

@@ -21,7 +21,8 @@ from skyreels_fast.ops import (
     query_rows,
 )
 
-# Called as ops.attention: attend(q, k, v, block_tokens=...), and for the context attend(q, k, v).
+# Called as ops.attention: attend(q, k, v, block_tokens=...), and for the context, where no key counts more than once,
+# attend(q, k, v).
 Attend = Callable[..., Tensor]
 Grid = tuple[int, int, int]
 
@@ -206,7 +207,8 @@ class Block(nn.Module):
         if together:
             self._attend_to_itself(streams[0], modulation, places[0], index, attend)
             streams = [streams[0], *(streams[0].fork() for _ in keys_values[1:])]
-        order = range(len(streams))[:: -1 if index % 2 else 1]
+        # A single stream has no order, so that compiled blocks do not differ by their index.
+        order = range(len(streams))[:: -1 if len(streams) > 1 and index % 2 else 1]
         for branch in order:
             if not together:
                 self._attend_to_itself(streams[branch], modulation, places[branch], index, attend)

@@ -180,7 +180,8 @@ class DiT(nn.Module):
         stream: used up; what it holds goes as it goes.
         causal_block_size: None, or the latent frames of a block that sees itself and the earlier ones only.
         blocks: the model's blocks in order, where not `self.blocks`; each is used before the next is asked for.
-        attend, attend_context: self-attention and that to the context, called as `ops.attention`.
+        attend, attend_context: self-attention and that to the context, called as `ops.attention`; a text whose padding
+        is counted has torch's own.
         token_range: x holds these of the h * w tokens of each frame, a shard; `grid` and the blocks that `attend` is
         asked for are the whole's. pasts: of each branch, of the frames before those in x, or None where there are none.
 

@@ -185,7 +185,7 @@ class VAE(nn.Module):
         Args:
             budget_bytes: memory that the decoder may take beside its weights (see `tiles.decode_bytes`). Where the
                 frames do not fit they are decoded in overlapping tiles, one after the other, and blended: nothing comes
-                before the last tile, and the video is held on the host. None: always whole.
+                before the last tile, and the video is held on the host. None, or with `shared`: always whole.
             shared: several processes decode together, all of them called with the same latents; the frames come out in
                 those that `shared` collects them in.
 

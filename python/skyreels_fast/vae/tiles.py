@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..config import VAE_STRIDE
+from ..config import LATENT_CHANNELS, VAE_STRIDE
 from .layers import CausalConv3d, Upsample
 
 if TYPE_CHECKING:
@@ -41,6 +41,11 @@ def decode_bytes(vae: VAE, shape: Sequence[int]) -> int:
             pixels *= 4
     chunk = 2 * VAE_STRIDE[0] * pixels * 3 * 4  # frames in float32, and stacked
     return held + _WORKING_FRAMES * widest + chunk
+
+
+def least_bytes(vae: VAE) -> int:
+    """As `decode_bytes`, of the smallest tiles that frames of any size are cut into."""
+    return decode_bytes(vae, (1, LATENT_CHANNELS, 1, SMALLEST + OVERLAP, SMALLEST + OVERLAP))
 
 
 def decode(
