@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness
-from benchmarks.products import TOKENS, WIDTHS
+from benchmarks.products import TOKENS, WIDTHS, layer
 from skyreels_fast.dit.block import FEED_FORWARD_TOKENS
 from skyreels_fast.ops import linear_gelu
 
@@ -130,13 +130,9 @@ def _loaded(name: str) -> ctypes.CDLL | None:
 
 def rows_of(product: Product, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
     """A row for torch's own way and for each algorithm, the fastest first."""
-    draw = {"device": device, "dtype": torch.bfloat16}
-    x = torch.randn(product.rows, product.inner, **draw)
-    weight, bias = (
-        torch.randn(product.outer, product.inner, **draw) * product.inner**-0.5,
-        torch.randn(product.outer, **draw),
-    )
-    out = torch.empty(product.rows, product.outer, **draw)
+    x = torch.randn(product.rows, product.inner, device=device, dtype=torch.bfloat16)
+    weight, bias = layer(product.outer, product.inner, device, torch.bfloat16)
+    out = x.new_empty(product.rows, product.outer)
 
     def by_torch() -> Tensor:
         return linear_gelu(x, weight, bias) if product.gelu else torch.addmm(bias, x, weight.t(), out=out)

@@ -8,8 +8,9 @@ at the rate of a device copy in the same run.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +18,13 @@ import torch
 
 import skyreels_fast as sf
 from benchmarks import floor, harness
-from benchmarks.models import RandomCheckpoint
+from benchmarks.models import GRID, RandomCheckpoint, config
+from benchmarks.ours import CONTEXT_TOKENS
+from benchmarks.products import TOKENS, WIDTHS
 from skyreels_fast.config import TransformerConfig
 from skyreels_fast.ops.adaln import scale_residual_norm_scale_shift_cost
 from skyreels_fast.ops.qk_norm_rope3d import qk_norm_cost, qk_norm_rope3d_cost
 
-GRID = (25, 34, 60)
 SELF, CONTEXT, PRODUCTS, NORMS, ROPE, OTHER = PARTS = (
     "self-attention", "attention to the text", "matrix products", "norms, modulation, gates, residual",
     "norms of q and k, RoPE", "all else",
@@ -59,8 +61,8 @@ def by_part(kernels: Iterable[Kernel]) -> dict[str, list[float]]:
 
 def floors_ms(config: TransformerConfig, grid: tuple[int, int, int], copy_gbps: float) -> dict[str, float | None]:
     """The least that each part can take in bfloat16; None where no rate was measured."""
-    tokens, shape = grid[0] * grid[1] * grid[2], (1, grid[0] * grid[1] * grid[2], config.dim)
-    heads = (1, tokens, config.num_heads, config.head_dim)
+    tokens = math.prod(grid)
+    shape, heads = (1, tokens, config.dim), (1, tokens, config.num_heads, config.head_dim)
     wide, narrow = 4, 2
     sums = ((narrow, wide), (wide, wide), (wide, narrow))  # bytes of the residual before and after each of the three
     norms = sum(
@@ -82,7 +84,7 @@ def measure(model: str, device: torch.device, forwards: int) -> tuple[list[Kerne
     """The kernels of one forward, and its milliseconds without the profiler."""
     checkpoint = RandomCheckpoint.of(model, "sync", device, torch.bfloat16, text=False)
     dit, _ = sf.Pipeline(checkpoint, device, torch.bfloat16, offload=False, mode="df")._load()
-    context = dit.encode_context(torch.randn(1, 100, checkpoint.config.text_dim, device=device))
+    context = dit.encode_context(torch.randn(1, CONTEXT_TOKENS[0], checkpoint.config.text_dim, device=device))
     latents = torch.randn(1, 16, GRID[0], 2 * GRID[1], 2 * GRID[2], device=device)
     timestep = torch.full((1, GRID[0]), 500, device=device)
 
@@ -99,12 +101,12 @@ def measure(model: str, device: torch.device, forwards: int) -> tuple[list[Kerne
     return kernels, timing.median * 1e3
 
 
-def rows_of(model: str, kernels: Iterable[Kernel], forward_ms: float, copy_gbps: float, config: TransformerConfig):
+def rows_of(model: str, kernels: Iterable[Kernel], forward_ms: float, copy_gbps: float) -> Iterator[dict[str, Any]]:
     """A row for each part, that which takes most first."""
-    floors = floors_ms(config, GRID, copy_gbps)
+    floors = floors_ms(config(model, "sync"), GRID, copy_gbps)
     for part, times in sorted(by_part(kernels).items(), key=lambda item: -sum(item[1])):
         row: dict[str, Any] = {"bench": "breakdown", "impl": "skyreels_fast", "model": model, "part": part}
-        row |= {"tokens": GRID[0] * GRID[1] * GRID[2], "ms": sum(times), "floor_ms": floors[part]}
+        row |= {"tokens": TOKENS, "ms": sum(times), "floor_ms": floors[part]}
         yield row | {"forward_ms": forward_ms, "copy_gbps": copy_gbps}
 
 
@@ -115,7 +117,7 @@ def line(row: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("1.3B", "14B"), action="append", help="may be given twice (default: both)")
+    parser.add_argument("--model", choices=WIDTHS, action="append", help="may be given twice (default: both)")
     parser.add_argument("--forwards", type=int, default=3, help="to take the mean of (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/breakdown.jsonl")
     args = parser.parse_args(argv)
@@ -125,11 +127,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     out = harness.output_file(args.out, "breakdown", device)
     print(harness.provenance(device))
-    for model in args.model or ("1.3B", "14B"):
+    for model in args.model or WIDTHS:
         copy_gbps = harness.copy_gbps(device)
         kernels, forward_ms = measure(model, device, args.forwards)
-        config = RandomCheckpoint.of(model, "sync", device, torch.bfloat16, text=False).config
-        for row in rows_of(model, kernels, forward_ms, copy_gbps, config):
+        for row in rows_of(model, kernels, forward_ms, copy_gbps):
             print(line(row), flush=True)
             harness.append(out, row | harness.common(device))
         torch.cuda.empty_cache()

@@ -30,6 +30,7 @@ _SIZES = {
     "tiny": {"dim": 128, "ffn_dim": 384, "num_heads": 2, "num_layers": 2, "text_dim": 64, "freq_dim": 64},
 }
 MODELS = tuple(_SIZES)
+GRID = (25, 34, 60)  # of tokens, at 540P and 97 frames
 _VAE_BASE_DIM = {"tiny": 8}  # 96 in the published models
 _TEXT = {"vocab": 256384, "dim": 4096, "ffn": 10240, "buckets": 32, "heads": 64, "layers": 24}  # UMT5-XXL
 _TEXT_TINY = {"vocab": 512, "dim": 64, "ffn": 128, "buckets": 32, "heads": 4, "layers": 2}

@@ -22,6 +22,7 @@ from benchmarks import harness
 from benchmarks.cases import CASES, Case
 from benchmarks.correctness import RedError
 from benchmarks.harness import Timing
+from benchmarks.models import GRID
 
 COMPILED = "ref-compiled"
 
@@ -106,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--op", nargs="+", choices=sorted(CASES), default=sorted(CASES), help="families (default: all)")
     parser.add_argument("--dim", type=int, nargs="+", default=[1536, 5120], help="model widths")
     parser.add_argument("--head_dim", type=int, default=128)
-    parser.add_argument("--grid", default="25x34x60", help="tokens as FxHxW (default: %(default)s)")
+    parser.add_argument("--grid", default="x".join(map(str, GRID)), help="tokens as FxHxW (default: %(default)s)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--no_compile", action="store_true", help="leave torch.compile of the references out")
     parser.add_argument("--device", type=torch.device, default=None, help="default: cuda where there is one")

@@ -111,7 +111,7 @@ class Prepared:
             "attention": self.pipe.machine.attention,
             **self._steps(meter),
             "text_s": timings["text"] if encodes_text else None,
-            "vae_encode_s": self._encode(meter) if self._leads else None,
+            "vae_encode_s": self._encode(meter) if self.pipe.machine.leads else None,
             "vae_decode_s": timings.get("decode"),
             "load_s": timings["load"],
             "total_s": total_s + (timings["text"] if once else -timings["load"]),
@@ -125,12 +125,8 @@ class Prepared:
         if self.pipe.machine.world is not None:
             self.pipe.machine.world.close()
 
-    @property
-    def _leads(self) -> bool:
-        return self.pipe.machine.world is None or self.pipe.machine.world.leads
-
     def _say(self, text: str) -> None:
-        if self._leads:
+        if self.pipe.machine.leads:
             print(text, flush=True)
 
     def _shared(self, meter: Meter) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+
+from benchmarks.tables import OURS, Row
 
 # File name: title, the rows' key, what is on the axis.
 PLOTS = {
@@ -12,28 +13,25 @@ PLOTS = {
 }
 _FORMATS = {"ms": "{:,.0f}", "GiB": "{:.1f}"}
 _COLOURS = {
-    "skyreels_fast": "#1b6ca8",
+    OURS: "#1b6ca8",
     "diffusers-accelerated": "#7fb2d9",
     "diffusers-compiled": "#8a8f98",
     "diffusers": "#c3c7cd",
     "reference": "#d9b48f",
     "lightx2v": "#b59a7a",
 }
-_BESIDE = ("diffusers", "diffusers-accelerated", "diffusers-compiled")
-_APART = ("reference", "lightx2v")  # measured by themselves, the latter in T2V, which is all it has
-Row = dict[str, Any]
 
 
 def bars(rows: list[Row], key: str) -> tuple[list[str], dict[str, list[float | None]]]:
     """(groups, heights of each implementation's bars): one GPU, resident, all frames in step.
 
     A group is the latest run of its size in which a peer was measured beside us; others' forwards, which were measured
-    apart (`source`), stand there with their best.
+    apart (`source`), stand there with their best, in whichever mode they have.
     """
     plain = [row for row in rows if row["gpus"] == 1 and not (row["offload"] or row.get("vram") or row["teacache"])]
-    plain = [row for row in plain if row["impl"].removesuffix("-compiled") in _APART or row["mode"] == "sync"]
+    plain = [row for row in plain if row.get("source") or row["mode"] == "sync"]
     known = sorted((row for row in plain if row.get(key) is not None), key=lambda row: row["time"])
-    runs = {_group(row): row["run_id"] for row in known if row["impl"] in _BESIDE}
+    runs = {_group(row): row["run_id"] for row in known if row["impl"] != OURS and not row.get("source")}
     groups = sorted(runs)
     heights: dict[str, list[float | None]] = {impl: [None] * len(groups) for impl in _COLOURS}
     for row in known:
@@ -42,7 +40,7 @@ def bars(rows: list[Row], key: str) -> tuple[list[str], dict[str, list[float | N
         if row.get("source"):
             values, place = heights[row["impl"].removesuffix("-compiled")], groups.index(group)
             values[place] = min(row[key], values[place] or row[key])
-        elif row["run_id"] == runs[group] and row["impl"] in _COLOURS:
+        elif row["run_id"] == runs[group]:
             heights[row["impl"]][groups.index(group)] = row[key]
     return groups, {impl: values for impl, values in heights.items() if any(values)}
 

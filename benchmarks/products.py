@@ -9,6 +9,7 @@ were left at the end.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,10 +20,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks import harness
+from benchmarks.models import GRID, config
 from skyreels_fast.ops import linear_gelu
 
-TOKENS = 25 * 34 * 60
-WIDTHS = {"1.3B": (1536, 8960), "14B": (5120, 13824)}
+TOKENS = math.prod(GRID)
+WIDTHS = {model: (config(model, "sync").dim, config(model, "sync").ffn_dim) for model in ("1.3B", "14B")}
 CHUNKS = (2, 3, 6)
 
 
@@ -36,7 +38,7 @@ class Form(NamedTuple):
     chosen: bool = False
 
 
-def _layer(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def layer(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     weight = torch.randn(rows, columns, device=device) * columns**-0.5
     return weight.to(dtype), torch.randn(rows, device=device).to(dtype)
 
@@ -44,7 +46,7 @@ def _layer(rows: int, columns: int, device: torch.device, dtype: torch.dtype) ->
 def forms_of(tokens: int, dim: int, hidden: int, device: torch.device, dtype: torch.dtype) -> Iterator[Form]:
     """The products of a block of width `dim`; inputs and weights are drawn at random."""
     x = torch.randn(tokens, dim, device=device).to(dtype)
-    weight, bias = _layer(3 * dim, dim, device, dtype)
+    weight, bias = layer(3 * dim, dim, device, dtype)
     parts = list(zip(weight.chunk(3), bias.chunk(3), strict=True))
     flops = 2 * tokens * dim * dim
     yield Form("q, k, v", "three products", lambda: [functional.linear(x, *part) for part in parts], 3 * flops, True)
@@ -54,7 +56,7 @@ def forms_of(tokens: int, dim: int, hidden: int, device: torch.device, dtype: to
 
 
 def _feed_forward(x: Tensor, hidden: int, device: torch.device, dtype: torch.dtype) -> Iterator[Form]:
-    up, down = _layer(hidden, x.shape[1], device, dtype), _layer(x.shape[1], hidden, device, dtype)
+    up, down = layer(hidden, x.shape[1], device, dtype), layer(x.shape[1], hidden, device, dtype)
     flops = 2 * len(x) * x.shape[1] * hidden
     out = torch.empty_like(x)
 

@@ -39,7 +39,7 @@ class Plan(SimpleNamespace):
         return f"plan: {self.frames} frames"
 
 class Pipeline:
-    machine = SimpleNamespace(world=None, memory_note=lambda plan, full=False: memory_note(full))
+    machine = SimpleNamespace(world=None, leads=True, memory_note=lambda plan, full=False: memory_note(full))
 
     @classmethod
     def from_pretrained(cls, path, device="cuda", dtype=None, mode=None, vram=None, **options):

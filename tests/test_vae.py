@@ -15,6 +15,7 @@ from conftest import GOLDEN, golden_directory, load_golden, rel_l2
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import skyreels_fast as sf
+from benchmarks.fidelity import psnr_db
 from skyreels_fast.vae import VAE, tiles
 from training.data import draw_scenes, render, trajectory
 
@@ -95,11 +96,6 @@ def like_photographs() -> torch.Tensor:
     frequency = torch.stack(torch.meshgrid(*axes, indexing="ij")).square().sum(0).sqrt().clamp(min=1 / width)
     video = torch.fft.ifftn(torch.fft.fftn(noise, dim=(1, 2, 3)) / frequency, dim=(1, 2, 3)).real
     return (0.4 * video / video.std()).clamp(-1, 1)[None]
-
-
-def psnr_db(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Of videos in [−1, 1]."""
-    return 10 * torch.log10(4 / (actual - expected).square().mean()).item()
 
 
 @pytest.mark.parametrize("video", [rendered(), like_photographs()], ids=["rendered", "like photographs"])

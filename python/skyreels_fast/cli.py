@@ -95,7 +95,7 @@ def _open(program: str, mode: str, args: argparse.Namespace, request: Request) -
         degrees=_degrees(args) if args.use_usp else None,
     )
     plan = pipe.plan(request)
-    if pipe.machine.world is not None and not pipe.machine.world.leads:
+    if not pipe.machine.leads:
         return Part(program, pipe, plan)
     original = plan.settings.prompt
     if args.prompt_enhancer:

@@ -173,31 +173,29 @@ class _Take:
         if not self.path.exists():
             return
         with open(self.path, "rb") as file:
-            length = os.fstat(file.fileno()).st_size
-            while self._position + 8 <= length:
-                file.seek(self._position)
-                size, kind = struct.unpack(">I4s", file.read(8))
-                if size < 8 or self._position + size > length:
-                    return
-                file.seek(self._position)
+            for kind, start, size in _whole_boxes(file, self._position):
+                file.seek(start)
                 yield kind, file.read(size)
-                self._position += size  # only now: what could not be appended comes again
+                self._position = start + size  # only now: what could not be appended comes again
 
 
 def _in_fragments(path: Path) -> bool:
     with open(path, "rb") as file:
-        length, position = os.fstat(file.fileno()).st_size, 0
-        while position + 8 <= length:
-            file.seek(position)
-            size, kind = struct.unpack(">I4s", file.read(8))
-            if kind == b"moof":
-                return True
-            if size == 1:  # then it stands behind, in 64 bits
-                size = int.from_bytes(file.read(8), "big")
-            if size < 8:  # the rest of the file
-                return False
-            position += size
-    return False
+        return any(kind == b"moof" for kind, *_ in _whole_boxes(file))
+
+
+def _whole_boxes(file: BinaryIO, position: int = 0) -> Iterator[tuple[bytes, int, int]]:
+    """(kind, start, size) of the outermost boxes from `position` on, as far as they are whole."""
+    length = os.fstat(file.fileno()).st_size
+    while position + 8 <= length:
+        file.seek(position)
+        size, kind = struct.unpack(">I4s", file.read(8))
+        if size == 1:  # then it stands behind, in 64 bits
+            size = int.from_bytes(file.read(8), "big")
+        if size < 8 or position + size > length:
+            return
+        yield kind, position, size
+        position += size
 
 
 def _opened(path: Path, length: int) -> BinaryIO:

@@ -12,14 +12,7 @@ from torch.nn import functional
 from skyreels_fast.config import TransformerConfig
 from skyreels_fast.dit.past import Past
 from skyreels_fast.dit.stream import Stream
-from skyreels_fast.ops import (
-    attention,
-    linear_gelu,
-    qk_norm,
-    qk_norm_rope3d,
-    qk_norm_rope3d_,
-    query_rows,
-)
+from skyreels_fast.ops import attention, linear_gelu, qk_norm, qk_norm_rope3d, qk_norm_rope3d_, query_rows
 
 # Called as ops.attention: attend(q, k, v, block_tokens=...), and for the context, where no key counts more than once,
 # attend(q, k, v).
