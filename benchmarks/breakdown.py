@@ -22,7 +22,7 @@ from benchmarks.models import GRID, RandomCheckpoint, config
 from benchmarks.ours import CONTEXT_TOKENS
 from benchmarks.products import TOKENS, WIDTHS
 from skyreels_fast.config import TransformerConfig
-from skyreels_fast.ops.adaln import scale_residual_norm_scale_shift_cost
+from skyreels_fast.ops.adaln import norm_scale_shift_cost, scale_residual_norm_scale_shift_cost
 from skyreels_fast.ops.qk_norm_rope3d import qk_norm_cost, qk_norm_rope3d_cost
 
 SELF, CONTEXT, PRODUCTS, NORMS, ROPE, OTHER = PARTS = (
@@ -64,14 +64,14 @@ def floors_ms(config: TransformerConfig, grid: tuple[int, int, int], copy_gbps: 
     tokens = math.prod(grid)
     shape, heads = (1, tokens, config.dim), (1, tokens, config.num_heads, config.head_dim)
     wide, narrow = 4, 2
-    sums = ((narrow, wide), (wide, wide), (wide, narrow))  # bytes of the residual before and after each of the three
-    norms = sum(
+    norms = (  # those before self-attention, before attention to the context, and before the feed-forward
+        scale_residual_norm_scale_shift_cost(shape, grid[0], residual_bytes=wide, residual_out_bytes=narrow),
+        norm_scale_shift_cost(shape, grid[0], residual_bytes=narrow),
         scale_residual_norm_scale_shift_cost(
-            shape, grid[0], residual_bytes=before, x_bytes=narrow, residual_out_bytes=after, out_bytes=narrow
-        )[0]
-        for before, after in sums
+            shape, grid[0], residual_bytes=narrow, addend_bytes=narrow, residual_out_bytes=wide
+        ),
     )
-    moved = {NORMS: norms, ROPE: qk_norm_rope3d_cost(heads)[0] + qk_norm_cost(heads)[0]}
+    moved = {NORMS: sum(cost[0] for cost in norms), ROPE: qk_norm_rope3d_cost(heads)[0] + qk_norm_cost(heads)[0]}
     moved[CONTEXT] = 2 * tokens * config.dim * narrow
     result: dict[str, float | None] = {part: config.num_layers * moved[part] / copy_gbps / 1e6 for part in moved}
     result[SELF] = config.num_layers * 4 * config.dim * tokens**2 / floor.ATTENTION_TFLOPS / 1e9

@@ -125,6 +125,7 @@ def adaln(grid: Grid, dim: int, head_dim: int, dtype: torch.dtype, device: torch
     shape = (1, tokens, dim)
     x = _draw(device, dtype, *shape, mean=0.5, std=3)
     branch = _draw(device, dtype, *shape)
+    context = _draw(device, dtype, *shape)
     residual = _draw(device, torch.float32, *shape, std=5)
     scale, shift, gate = (_draw(device, torch.float32, 1, frames, dim, std=0.5) for _ in range(3))
     weight, bias = _draw(device, dtype, dim, mean=1, std=0.1), _draw(device, dtype, dim, std=0.1)
@@ -133,21 +134,25 @@ def adaln(grid: Grid, dim: int, head_dim: int, dtype: torch.dtype, device: torch
     cost = room.norm_scale_shift_cost(shape, frames, x_bytes=low, out_bytes=low)
     yield _case(room, "norm_scale_shift", args, cost, grid)
 
+    # What a block does after self-attention.
+    args = {"x": branch, "scale": None, "shift": None, "weight": weight, "bias": bias, "residual": x, "gate": gate}
+    cost = room.norm_scale_shift_cost(shape, frames, residual_bytes=low, x_bytes=low, out_bytes=low)
+    yield _case(room, "norm_scale_shift", args, cost, grid, variant="gated residual, affine")
+
     args = {"residual": residual, "x": branch, "gate": gate, "out_dtype": dtype}
     cost = room.scale_residual_cost(shape, frames, residual_bytes=4, x_bytes=low, out_bytes=low)
     yield _case(room, "scale_residual", args, cost, grid)
 
     op = "scale_residual_norm_scale_shift"
-    wide, narrow = torch.float32, dtype
-    variants = {  # what a block does after self-attention, after cross-attention, and with its last gate
-        "affine": (x, gate, None, None, weight, bias, wide),
-        "modulated": (residual, None, scale, shift, None, None, wide),
-        "gated, modulated": (residual, gate, scale, shift, None, None, narrow),
+    variants = {  # what a block does after cross-attention, and with its last gate
+        "gated, addend, modulated": (x, context, torch.float32),
+        "gated, modulated": (residual, None, dtype),
     }
-    for variant, (base, gated, scaled, shifted, affine, offset, kept) in variants.items():
-        args = {"residual": base, "x": branch, "gate": gated, "scale": scaled, "shift": shifted, "weight": affine}
-        args |= {"bias": offset, "residual_dtype": kept, "out_dtype": narrow}
-        sizes = {"residual_bytes": base.itemsize, "x_bytes": low, "residual_out_bytes": kept.itemsize, "out_bytes": low}
+    for variant, (base, addend, kept) in variants.items():
+        args = {"residual": base, "x": branch, "gate": gate, "scale": scale, "shift": shift, "addend": addend}
+        args |= {"residual_dtype": kept, "out_dtype": dtype}
+        sizes = {"residual_bytes": base.itemsize, "x_bytes": low, "addend_bytes": 0 if addend is None else low}
+        sizes |= {"residual_out_bytes": kept.itemsize, "out_bytes": low}
         cost = room.scale_residual_norm_scale_shift_cost(shape, frames, **sizes)
         yield _case(room, op, args, cost, grid, variant=variant)
 

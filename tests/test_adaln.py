@@ -49,6 +49,7 @@ def inputs(size: tuple[int, int, int, int], dtype: torch.dtype = torch.float32) 
         "shift": draw(*rows),
         "weight": draw(dim),
         "bias": draw(dim),
+        "addend": draw(*tokens).to(dtype),
     }
 
 
@@ -67,17 +68,31 @@ def test_norm_scale_shift_is_its_formula(size: tuple[int, int, int, int], modula
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_fused_is_the_sum_then_the_norm(size: tuple[int, int, int, int]) -> None:
+@pytest.mark.parametrize("added", [True, False])
+def test_fused_is_the_sum_then_the_norm(size: tuple[int, int, int, int], added: bool) -> None:
     t = inputs(size)
-    tokens = t["x"].shape[1]
+    tokens, addend = t["x"].shape[1], t["addend"] if added else None
     total = t["residual"].double() + per_token(t["gate"], tokens) * t["x"].double()
+    if added:
+        total = total + t["addend"].double()
+    norm = ("scale", "shift", "weight", "bias")
     expected = layer_norm(total, t["weight"], t["bias"]) * (1 + per_token(t["scale"], tokens))
     expected = expected + per_token(t["shift"], tokens)
-    names = ("residual", "x", "gate", "scale", "shift", "weight", "bias")
-    residual, y = ops.scale_residual_norm_scale_shift(*(t[name] for name in names))
+    gated = tuple(t[name] for name in ("residual", "x", "gate"))
+    residual, y = ops.scale_residual_norm_scale_shift(*gated, *(t[name] for name in norm), addend)
     assert rel_l2(residual, total) < 1e-6
     assert rel_l2(y, expected) < 1e-6
-    assert torch.equal(residual, ops.scale_residual(t["residual"], t["x"], t["gate"]))
+    assert torch.equal(residual, ops.scale_residual(*gated, addend))
+
+
+def test_norm_of_a_gated_sum() -> None:
+    t = inputs(SIZES[0])
+    gated = per_token(t["gate"], t["x"].shape[1]) * t["x"].double()
+    y = ops.norm_scale_shift(t["x"], None, None, residual=t["residual"], gate=t["gate"])
+    assert rel_l2(y, layer_norm(t["residual"].double() + gated)) < 1e-6
+    assert rel_l2(ops.norm_scale_shift(t["x"], None, None, gate=t["gate"]), layer_norm(gated)) < 1e-6
+    plain = ops.norm_scale_shift(t["x"], None, None, residual=t["residual"])
+    assert rel_l2(plain, layer_norm(t["residual"].double() + t["x"].double())) < 1e-6
 
 
 def test_no_gate_is_a_plain_sum() -> None:
@@ -120,6 +135,11 @@ def test_float64_stays_exact() -> None:
     t = {name: value.double() for name, value in inputs(SIZES[0]).items()}
     y = ops.norm_scale_shift(t["x"], None, None)
     assert rel_l2(y, layer_norm(t["x"])) < 1e-14
+    low = t["x"].bfloat16()
+    y = ops.norm_scale_shift(low, None, None, residual=t["residual"], out_dtype=torch.float64)
+    assert rel_l2(y, layer_norm(low.double() + t["residual"])) < 1e-14
+    total = ops.scale_residual(low, low, None, t["addend"], out_dtype=torch.float64)
+    assert torch.equal(total, 2 * low.double() + t["addend"])
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -147,8 +167,11 @@ def test_bfloat16_error_is_a_rounding(size: tuple[int, int, int, int]) -> None:
 
 def test_gradients() -> None:
     t = {name: value.double().requires_grad_() for name, value in inputs((1, 2, 2, 5)).items()}
-    args = [t[name] for name in ("residual", "x", "gate", "scale", "shift", "weight", "bias")]
-    assert torch.autograd.gradcheck(ops.scale_residual_norm_scale_shift, args)
+    norm = [t[name] for name in ("scale", "shift", "weight", "bias")]
+    residual, x, gate, addend = (t[name] for name in ("residual", "x", "gate", "addend"))
+    assert torch.autograd.gradcheck(ops.scale_residual_norm_scale_shift, (residual, x, gate, *norm, addend))
+    assert torch.autograd.gradcheck(ops.norm_scale_shift, (x, *norm, residual, gate))
+    assert torch.autograd.gradcheck(ops.scale_residual, (residual, x, gate, addend))
 
 
 def test_compiles_whole() -> None:
@@ -179,8 +202,14 @@ def test_errors_name_the_values() -> None:
         ops.norm_scale_shift(x, None, None, torch.ones(7), torch.ones(8))
     with pytest.raises(ValueError, match=r"residual \[2, 11, 8\] and x \[2, 12, 8\]"):
         ops.scale_residual(x[:, :11], x, None)
+    with pytest.raises(ValueError, match=r"residual \[2, 11, 8\] and x \[2, 12, 8\]"):
+        ops.norm_scale_shift(x, None, None, residual=x[:, :11])
+    with pytest.raises(ValueError, match=r"addend \[1, 12, 8\] and x \[2, 12, 8\]"):
+        ops.scale_residual_norm_scale_shift(x, x, None, None, None, addend=x[:1])
     with pytest.raises(ValueError, match="frames of gate"):
         ops.scale_residual(x, x, torch.zeros(2, 7, 8))
+    with pytest.raises(ValueError, match="frames of gate"):
+        ops.norm_scale_shift(x, None, None, gate=torch.zeros(2, 7, 8))
 
 
 def test_costs_count_every_byte_once() -> None:
@@ -189,3 +218,6 @@ def test_costs_count_every_byte_once() -> None:
     assert norm_scale_shift_cost(shape, frames)[0] == 192 * 4 + 2 * rows
     assert scale_residual_cost(shape, frames)[0] == 192 * 8 + rows
     assert scale_residual_norm_scale_shift_cost(shape, frames)[0] == 192 * 12 + 3 * rows
+    assert norm_scale_shift_cost(shape, frames, residual_bytes=2)[0] == 192 * 6 + 3 * rows
+    assert scale_residual_cost(shape, frames, addend_bytes=2)[0] == 192 * 10 + rows
+    assert scale_residual_norm_scale_shift_cost(shape, frames, addend_bytes=4)[0] == 192 * 16 + 3 * rows

@@ -12,10 +12,11 @@ from skyreels_fast.ops import _adaln_kernels, _dispatch, adaln
 
 # What each op is called with, in this order.
 NAMES = {
-    "norm_scale_shift": ("x", "scale", "shift", "weight", "bias"),
-    "scale_residual": ("residual", "x", "gate"),
-    "scale_residual_norm_scale_shift": ("residual", "x", "gate", "scale", "shift", "weight", "bias"),
+    "norm_scale_shift": ("x", "scale", "shift", "weight", "bias", "residual", "gate"),
+    "scale_residual": ("residual", "x", "gate", "addend"),
+    "scale_residual_norm_scale_shift": ("residual", "x", "gate", "scale", "shift", "weight", "bias", "addend"),
 }
+TOKENS = ("x", "residual", "addend")
 
 
 def op_kernels() -> list:
@@ -33,7 +34,7 @@ on_each_norm = pytest.mark.parametrize(
 )
 
 DTYPES = BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-# batch, frames, tokens a frame, dim; dtypes of x, the residual, and gate, scale, shift
+# batch, frames, tokens a frame, dim; dtypes of x and addend, the residual, and gate, scale, shift
 CASES = [
     ((1, 1, 3, 64), (BF16, FP32, FP32)),  # one frame
     ((2, 3, 1, 129), (BF16, BF16, FP32)),  # a frame a token, an odd size
@@ -55,7 +56,8 @@ CASES = [
 ARGUMENTS = {
     "gate and modulation": ("gate", "scale", "shift"),
     "affine": ("weight", "bias"),
-    "all": ("gate", "scale", "shift", "weight", "bias"),
+    "sum": ("residual", "gate", "addend"),
+    "all": ("residual", "gate", "addend", "scale", "shift", "weight", "bias"),
     "nothing": (),
 }
 
@@ -75,11 +77,13 @@ def inputs(size: tuple[int, int, int, int], dtypes: tuple, device: str) -> dict[
         "residual": draw(tokens, residual_dtype, 5, -2),
         **{name: draw(rows, rows_dtype) for name in ("gate", "scale", "shift")},
         **{name: draw((dim,), FP32 if x_dtype == FP32 else BF16) for name in ("weight", "bias")},
+        "addend": draw(tokens, x_dtype, 2),
     }
 
 
 def arguments(op: str, t: dict[str, Tensor], given: str = "all") -> list[Tensor | None]:
-    return [t[name] if name in ("x", "residual", *ARGUMENTS[given]) else None for name in NAMES[op]]
+    needed = ("x",) if op == "norm_scale_shift" else ("x", "residual")
+    return [t[name] if name in (*needed, *ARGUMENTS[given]) else None for name in NAMES[op]]
 
 
 def call(op: str, args: list, backend: str, **dtypes: torch.dtype) -> tuple[Tensor, ...]:
@@ -136,7 +140,7 @@ def test_more_tokens_than_run_at_once(dim, op, device, backend):
     t = inputs(size, (BF16, FP32, FP32), device)
     first, again = (call(op, arguments(op, t), backend) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    last = {name: value[1:, -size[2] :] if name in ("x", "residual") else value for name, value in t.items()}
+    last = {name: value[1:, -size[2] :] if name in TOKENS else value for name, value in t.items()}
     last |= {name: t[name][1:, -1:] for name in ("gate", "scale", "shift")}
     alone = call(op, arguments(op, last), backend)
     assert all(torch.equal(a[1:, -size[2] :], b) for a, b in zip(first, alone, strict=True))
@@ -165,8 +169,8 @@ def test_any_number_of_tokens_to_a_program(per_frame, rows, op, device, backend,
 
     monkeypatch.setattr(_adaln_kernels, "_like", lambda x, dtype: padded(x.shape, dtype=dtype, device=x.device))
     t = inputs((1, 3, per_frame, 40), (FP32, FP32, FP32), device)
-    t |= {name: torch.cat([t[name], torch.full_like(t[name], torch.nan)], 1) for name in ("x", "residual")}
-    t |= {name: t[name][:, : 3 * per_frame] for name in ("x", "residual")}
+    t |= {name: torch.cat([t[name], torch.full_like(t[name], torch.nan)], 1) for name in TOKENS}
+    t |= {name: t[name][:, : 3 * per_frame] for name in TOKENS}
     args = arguments(op, t)
     for actual, expected in zip(call(op, args, backend), reference(op, args, FP32), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
@@ -200,6 +204,22 @@ def test_strides_and_alignment_are_free(op, device, backend):
     repeated = [tensor.contiguous() for tensor in one_row]
     for actual, value in zip(call(op, one_row, backend), call(op, repeated, backend), strict=True):
         torch.testing.assert_close(actual, value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cpu", "ref"), *machine_kernels(adaln.BACKENDS)])
+@pytest.mark.parametrize("dim", [96, 1536, 5120])
+def test_a_sum_of_three_has_the_bits_of_two_sums(dim, device, backend):
+    """Whether the first of them is written in float32 or not."""
+    t = inputs((2, 3, 2, dim), (BF16, BF16, FP32), device)
+    x, residual, gate, addend = (t[name] for name in ("x", "residual", "gate", "addend"))
+    affine, rows = (None, None, t["weight"], t["bias"]), (t["scale"], t["shift"])
+    dtypes = {"residual_dtype": FP32, "backend": backend}
+    total, y = ops.scale_residual_norm_scale_shift(residual, x, gate, *affine, **dtypes)
+    assert torch.equal(ops.norm_scale_shift(x, *affine, residual, gate, backend=backend), y)
+    twice = ops.scale_residual_norm_scale_shift(total, addend, None, *rows, **dtypes)
+    once = ops.scale_residual_norm_scale_shift(residual, x, gate, *rows, addend=addend, **dtypes)
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
+    assert torch.equal(ops.scale_residual(residual, x, gate, addend, out_dtype=FP32, backend=backend), once[0])
 
 
 @on_each_norm
@@ -254,7 +274,7 @@ def test_what_kernels_do_not_take_is_named(op, device, backend):
 
 def test_one_device():
     x = torch.zeros(1, 2, 8)
-    with pytest.raises(ValueError, match="scale_residual: tensors must be on one device, not on meta and cpu"):
+    with pytest.raises(ValueError, match="scale_residual: tensors must be on one device, not on cpu and meta"):
         ops.scale_residual(x, x.to("meta"), None)
 
 

@@ -141,15 +141,18 @@ class Block(Replacement):
         shift1, scale1, gate1, shift2, scale2, gate2 = rows
         dtypes = {"residual_dtype": torch.promote_types(x.dtype, torch.float32), "out_dtype": x.dtype}
         y = norm_scale_shift(x, scale1, shift1, eps=block.norm1.eps)
-        y = block.attn1(y, None, attention_mask, rotary_emb)
+        seen = block.attn1(y, None, attention_mask, rotary_emb)
+        # x + gate1 * seen is added up again with attn2's output: cheaper than a float32 sum, written and read.
         if isinstance(block.norm2, nn.Identity):
-            total = scale_residual(x, y, gate1, out_dtype=dtypes["residual_dtype"])
-            y = total.to(x.dtype)
+            y = scale_residual(x, seen, gate1)
         else:
             affine, eps = block.norm2(), block.norm2.eps
-            total, y = scale_residual_norm_scale_shift(x, y, gate1, None, None, *affine, eps=eps, **dtypes)
+            y = norm_scale_shift(seen, None, None, *affine, x, gate1, eps=eps, out_dtype=x.dtype)
         y = block.attn2(y, encoder_hidden_states, None, None)
-        total, y = scale_residual_norm_scale_shift(total, y, None, scale2, shift2, eps=block.norm3.eps, **dtypes)
+        total, y = scale_residual_norm_scale_shift(
+            x, seen, gate1, scale2, shift2, addend=y, eps=block.norm3.eps, **dtypes
+        )
+        del seen
         return scale_residual(total, block.ffn(y), gate2, out_dtype=x.dtype)
 
 

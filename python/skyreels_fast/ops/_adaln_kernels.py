@@ -37,15 +37,19 @@ def _load_once(at, inside):
 
 
 @jit
-def _gated_sum(x, residual, gate, columns, in_row, inside):
-    """residual + gate * x at these columns: x and residual point at each token's row, gate at the one of them all."""
+def _gated_sum(x, residual, addend, gate, columns, in_row, inside):
+    """residual + gate * x + addend at these columns: gate points at the one row of all tokens, the others at each's."""
     total = _load_once(x + columns, inside)
     if residual is not None:
         residual_values = _load_once(residual + columns, inside)
+    if addend is not None:
+        addend_values = _load_once(addend + columns, inside)
     if gate is not None:
         total *= _load(gate + columns, in_row)
     if residual is not None:
         total += residual_values
+    if addend is not None:
+        total += addend_values
     return total
 
 
@@ -80,8 +84,8 @@ def _row_sums(head, tail, ROWS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.const
 
 @jit
 def _adaln_kernel(
-    residual_out, out, x, residual, gate, scale, shift, weight, bias,
-    x_stride, residual_stride, gate_stride, scale_stride, shift_stride,
+    residual_out, out, x, residual, addend, gate, scale, shift, weight, bias,
+    x_stride, residual_stride, addend_stride, gate_stride, scale_stride, shift_stride,
     span, programs, gate_spans, scale_spans, dim, eps,
     ROWS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, WIDTH: tl.constexpr,
     EVEN: tl.constexpr, FULL: tl.constexpr, EARLY: tl.constexpr,
@@ -101,6 +105,8 @@ def _adaln_kernel(
     x += token * x_stride
     if residual is not None:
         residual += token * residual_stride
+    if addend is not None:
+        addend += token * addend_stride
     if gate is not None:
         gate += (group // gate_spans).to(tl.int64) * gate_stride
     if scale is not None:
@@ -110,12 +116,12 @@ def _adaln_kernel(
 
     head = _columns(HEAD, WIDTH)[None, :]
     in_head = head >= 0
-    head_values = _gated_sum(x, residual, gate, head, in_head, is_token & in_head)
+    head_values = _gated_sum(x, residual, addend, gate, head, in_head, is_token & in_head)
     tail_values = None
     if TAIL > 0:
         tail = HEAD + _columns(TAIL, WIDTH)[None, :]
         in_tail = (tail >= 0) if FULL else (tail < dim)
-        tail_values = _gated_sum(x, residual, gate, tail, in_tail, is_token & in_tail)
+        tail_values = _gated_sum(x, residual, addend, gate, tail, in_tail, is_token & in_tail)
     if EARLY and out is not None:
         head_factor, head_offset = _factor_and_offset(scale, shift, weight, bias, head, in_head)
         if TAIL > 0:
@@ -158,6 +164,7 @@ def _launch_triton(
     residual_out: Tensor | None = None,
     out: Tensor | None = None,
     residual: Tensor | None = None,
+    addend: Tensor | None = None,
     gate: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
@@ -168,14 +175,14 @@ def _launch_triton(
     tokens, dim = x.shape
     head = 1 << dim.bit_length() - 1
     tail = triton.next_power_of_2(dim - head) if dim > head else 0
-    strides = [0 if tensor is None else tensor.stride(0) for tensor in (x, residual, gate, scale, shift)]
+    strides = [0 if tensor is None else tensor.stride(0) for tensor in (x, residual, addend, gate, scale, shift)]
     spans = [tokens if tensor is None else tokens // tensor.shape[0] for tensor in (gate, scale)]
     span = math.gcd(*spans)
     rows, warps, width, early = _tuning(head, norm=out is not None, total=residual is not None)
     rows = min(rows, triton.next_power_of_2(span))
     programs = triton.cdiv(span, rows)
     _adaln_kernel[(tokens // span * programs,)](
-        residual_out, out, x, residual, gate, scale, shift, weight, bias,
+        residual_out, out, x, residual, addend, gate, scale, shift, weight, bias,
         *strides, span, programs, *(each // span for each in spans), dim, eps,
         ROWS=rows, HEAD=head, TAIL=tail, WIDTH=width, EARLY=early, EVEN=span % rows == 0, FULL=head + tail == dim,
         num_warps=warps,
@@ -212,8 +219,8 @@ def _like(x: Tensor, dtype: torch.dtype) -> Tensor:
 @torch.library.custom_op(
     "skyreels_fast::norm_scale_shift",
     mutates_args=(),
-    schema="(Tensor x, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, float eps, "
-    "ScalarType out_dtype) -> Tensor",
+    schema="(Tensor x, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? gate, "
+    "float eps, ScalarType out_dtype) -> Tensor",
 )
 def norm_scale_shift(
     x: Tensor,
@@ -221,33 +228,37 @@ def norm_scale_shift(
     shift: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
+    gate: Tensor | None,
     eps: float,
     out_dtype: torch.dtype,
 ) -> Tensor:
     out = _like(x, out_dtype)
     tensors = {"out": out, "scale": scale, "shift": shift, "weight": weight, "bias": bias}
-    _launch(x, tensors, eps)
+    _launch(x, tensors | {"residual": residual, "gate": gate}, eps)
     return out
 
 
 @norm_scale_shift.register_fake
-def _(x, scale, shift, weight, bias, eps, out_dtype):
+def _(x, scale, shift, weight, bias, residual, gate, eps, out_dtype):
     return _like(x, out_dtype)
 
 
 @torch.library.custom_op(
     "skyreels_fast::scale_residual",
     mutates_args=(),
-    schema="(Tensor residual, Tensor x, Tensor? gate, ScalarType out_dtype) -> Tensor",
+    schema="(Tensor residual, Tensor x, Tensor? gate, Tensor? addend, ScalarType out_dtype) -> Tensor",
 )
-def scale_residual(residual: Tensor, x: Tensor, gate: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+def scale_residual(
+    residual: Tensor, x: Tensor, gate: Tensor | None, addend: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
     out = _like(x, out_dtype)
-    _launch(x, {"residual_out": out, "residual": residual, "gate": gate})
+    _launch(x, {"residual_out": out, "residual": residual, "gate": gate, "addend": addend})
     return out
 
 
 @scale_residual.register_fake
-def _(residual, x, gate, out_dtype):
+def _(residual, x, gate, addend, out_dtype):
     return _like(x, out_dtype)
 
 
@@ -255,7 +266,7 @@ def _(residual, x, gate, out_dtype):
     "skyreels_fast::scale_residual_norm_scale_shift",
     mutates_args=(),
     schema="(Tensor residual, Tensor x, Tensor? gate, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, "
-    "float eps, ScalarType residual_dtype, ScalarType out_dtype) -> (Tensor, Tensor)",
+    "Tensor? addend, float eps, ScalarType residual_dtype, ScalarType out_dtype) -> (Tensor, Tensor)",
 )
 def scale_residual_norm_scale_shift(
     residual: Tensor,
@@ -265,17 +276,18 @@ def scale_residual_norm_scale_shift(
     shift: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    addend: Tensor | None,
     eps: float,
     residual_dtype: torch.dtype,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     residual_out, out = _like(x, residual_dtype), _like(x, out_dtype)
-    tensors = {"residual_out": residual_out, "out": out, "residual": residual, "gate": gate}
+    tensors = {"residual_out": residual_out, "out": out, "residual": residual, "addend": addend, "gate": gate}
     tensors |= {"scale": scale, "shift": shift, "weight": weight, "bias": bias}
     _launch(x, tensors, eps)
     return residual_out, out
 
 
 @scale_residual_norm_scale_shift.register_fake
-def _(residual, x, gate, scale, shift, weight, bias, eps, residual_dtype, out_dtype):
+def _(residual, x, gate, scale, shift, weight, bias, addend, eps, residual_dtype, out_dtype):
     return _like(x, residual_dtype), _like(x, out_dtype)

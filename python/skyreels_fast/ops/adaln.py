@@ -2,11 +2,11 @@
 
     norm(x)     = (x - mean) / sqrt(variance + eps), over D, times weight plus bias when they are given
     y           = norm(x) * (1 + scale) + shift
-    residual'   = residual + gate * x
+    residual'   = (residual + gate * x) + addend
 
-x, residual: [B, L, D]; scale, shift, gate: [B, F, D], one row a latent frame: token l takes row l // (L // F), so the
-modulation is never as long as the tokens. weight, bias: [D]. Any float dtypes, each tensor its own; the math and every
-sum is float32 (float64 where an input is), rounded once. Strides are free; a tensor whose last dimension is not
+x, residual, addend: [B, L, D]; scale, shift, gate: [B, F, D], one row a latent frame: token l takes row l // (L // F),
+so the modulation is never as long as the tokens. weight, bias: [D]. Any float dtypes, each tensor its own; the math and
+every sum is float32 (float64 where an input is), rounded once. Strides are free; a tensor whose last dimension is not
 contiguous is copied. Kernels take float32, float16 and bfloat16 and D up to 8192, and give the same bits each time.
 Not differentiable, except on the backend "ref".
 """
@@ -30,12 +30,17 @@ def _modulate(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     return (frames * (1 + scale.to(x.dtype)).unsqueeze(2) + shift.to(x.dtype).unsqueeze(2)).flatten(1, 2)
 
 
-def _gated_sum(residual: Tensor, x: Tensor, gate: Tensor | None, math_dtype: torch.dtype) -> Tensor:
-    residual, x = residual.to(math_dtype), x.to(math_dtype)
-    if gate is None:
-        return residual + x
-    frames = x.unflatten(1, (gate.shape[1], -1)) * gate.to(math_dtype).unsqueeze(2)
-    return residual + frames.flatten(1, 2)
+def _gated_sum(
+    residual: Tensor | None, x: Tensor, gate: Tensor | None, addend: Tensor | None, math_dtype: torch.dtype
+) -> Tensor:
+    total = x.to(math_dtype)
+    if gate is not None:
+        frames = total.unflatten(1, (gate.shape[1], -1)) * gate.to(math_dtype).unsqueeze(2)
+        total = frames.flatten(1, 2)
+    for other in (residual, addend):
+        if other is not None:
+            total = total + other.to(math_dtype)
+    return total
 
 
 def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -50,26 +55,29 @@ def norm_scale_shift_ref(
     shift: Tensor | None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
     *,
     eps: float = 1e-6,
     out_dtype: torch.dtype | None = None,
     math_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """`norm_scale_shift` in plain torch, computed in `math_dtype`."""
-    y = _modulate(_norm(x.to(math_dtype), weight, bias, eps), scale, shift)
-    return y.to(out_dtype or x.dtype)
+    total = _gated_sum(residual, x, gate, None, math_dtype)
+    return _modulate(_norm(total, weight, bias, eps), scale, shift).to(out_dtype or x.dtype)
 
 
 def scale_residual_ref(
     residual: Tensor,
     x: Tensor,
     gate: Tensor | None,
+    addend: Tensor | None = None,
     *,
     out_dtype: torch.dtype | None = None,
     math_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """`scale_residual` in plain torch, computed in `math_dtype`."""
-    return _gated_sum(residual, x, gate, math_dtype).to(out_dtype or residual.dtype)
+    return _gated_sum(residual, x, gate, addend, math_dtype).to(out_dtype or residual.dtype)
 
 
 def scale_residual_norm_scale_shift_ref(
@@ -80,6 +88,7 @@ def scale_residual_norm_scale_shift_ref(
     shift: Tensor | None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
+    addend: Tensor | None = None,
     *,
     eps: float = 1e-6,
     residual_dtype: torch.dtype | None = None,
@@ -87,27 +96,41 @@ def scale_residual_norm_scale_shift_ref(
     math_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """`scale_residual_norm_scale_shift` in plain torch, computed in `math_dtype`."""
-    total = _gated_sum(residual, x, gate, math_dtype)
+    total = _gated_sum(residual, x, gate, addend, math_dtype)
     y = _modulate(_norm(total, weight, bias, eps), scale, shift)
     return total.to(residual_dtype or residual.dtype), y.to(out_dtype or x.dtype)
 
 
 def norm_scale_shift_cost(
-    shape: tuple[int, int, int], frames: int, *, x_bytes: int = 2, out_bytes: int = 2
+    shape: tuple[int, int, int], frames: int, *, residual_bytes: int = 0, x_bytes: int = 2, out_bytes: int = 2
 ) -> tuple[int, int]:
-    """(bytes moved, flops) of one call on x of `shape` [B, L, D] with float32 modulation of `frames` rows."""
+    """(bytes moved, flops) of one call on x of `shape` [B, L, D] with float32 modulation of `frames` rows.
+
+    residual_bytes: of an element of the residual, which comes with a gate; 0: there is none.
+    """
     batch, tokens, dim = shape
-    elements = batch * tokens * dim
-    return elements * (x_bytes + out_bytes) + 2 * batch * frames * dim * 4, 9 * elements
+    elements, gated = batch * tokens * dim, residual_bytes > 0
+    moved = elements * (residual_bytes + x_bytes + out_bytes)
+    return moved + (2 + gated) * batch * frames * dim * 4, (9 + 2 * gated) * elements
 
 
 def scale_residual_cost(
-    shape: tuple[int, int, int], frames: int, *, residual_bytes: int = 4, x_bytes: int = 2, out_bytes: int = 2
+    shape: tuple[int, int, int],
+    frames: int,
+    *,
+    residual_bytes: int = 4,
+    x_bytes: int = 2,
+    addend_bytes: int = 0,
+    out_bytes: int = 2,
 ) -> tuple[int, int]:
-    """(bytes moved, flops) of one call on x of `shape` [B, L, D] with a float32 gate of `frames` rows."""
+    """(bytes moved, flops) of one call on x of `shape` [B, L, D] with a float32 gate of `frames` rows.
+
+    addend_bytes: of an element of the addend; 0: there is none.
+    """
     batch, tokens, dim = shape
     elements = batch * tokens * dim
-    return elements * (residual_bytes + x_bytes + out_bytes) + batch * frames * dim * 4, 2 * elements
+    moved = elements * (residual_bytes + x_bytes + addend_bytes + out_bytes)
+    return moved + batch * frames * dim * 4, (2 + (addend_bytes > 0)) * elements
 
 
 def scale_residual_norm_scale_shift_cost(
@@ -116,18 +139,22 @@ def scale_residual_norm_scale_shift_cost(
     *,
     residual_bytes: int = 4,
     x_bytes: int = 2,
+    addend_bytes: int = 0,
     residual_out_bytes: int = 4,
     out_bytes: int = 2,
 ) -> tuple[int, int]:
-    """(bytes moved, flops) of one call on x of `shape` [B, L, D] with float32 gate and modulation of `frames` rows."""
+    """(bytes moved, flops) of one call on x of `shape` [B, L, D] with float32 gate and modulation of `frames` rows.
+
+    addend_bytes: of an element of the addend; 0: there is none.
+    """
     batch, tokens, dim = shape
     elements = batch * tokens * dim
-    moved = elements * (residual_bytes + x_bytes + residual_out_bytes + out_bytes)
-    return moved + 3 * batch * frames * dim * 4, 11 * elements
+    moved = elements * (residual_bytes + x_bytes + addend_bytes + residual_out_bytes + out_bytes)
+    return moved + 3 * batch * frames * dim * 4, (11 + (addend_bytes > 0)) * elements
 
 
-def _math_dtype(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+def _math_dtype(*tensors: Tensor | None) -> torch.dtype:
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def _choose(name: str, backend: str | None, x: Tensor, *others: Tensor | None, dtypes: tuple[torch.dtype, ...]) -> str:
@@ -150,11 +177,12 @@ def _choose(name: str, backend: str | None, x: Tensor, *others: Tensor | None, d
     return chosen
 
 
-def _check_tokens(name: str, x: Tensor, residual: Tensor | None = None) -> None:
+def _check_tokens(name: str, x: Tensor, **others: Tensor | None) -> None:
     if x.dim() != 3:
         raise ValueError(f"{name}: x must be [B, L, D], not {list(x.shape)}")
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"{name}: residual {list(residual.shape)} and x {list(x.shape)} must have one shape")
+    for label, other in others.items():
+        if other is not None and other.shape != x.shape:
+            raise ValueError(f"{name}: {label} {list(other.shape)} and x {list(x.shape)} must have one shape")
 
 
 def _check_rows(name: str, x: Tensor, **rows: Tensor | None) -> None:
@@ -189,6 +217,8 @@ def norm_scale_shift(
     shift: Tensor | None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
     *,
     eps: float = 1e-6,
     out_dtype: torch.dtype | None = None,
@@ -196,39 +226,44 @@ def norm_scale_shift(
 ) -> Tensor:
     """LayerNorm of x [B, L, D] over D, then modulation by its frame's row of scale and shift [B, F, D].
 
-    weight and bias [D] make the norm affine; scale and shift may be None together. Returns [B, L, D] in `out_dtype`
-    (default: x's). Raises ValueError for shapes that do not fit, or a backend that is not there.
+    weight and bias [D] make the norm affine; scale and shift may be None together. With residual [B, L, D] or gate
+    [B, F, D] it is the norm of residual + gate * x, a sum that is neither rounded nor written. Returns [B, L, D] in
+    `out_dtype` (default: x's). Raises ValueError for shapes that do not fit, or a backend that is not there.
     """
     name = "norm_scale_shift"
-    _check_tokens(name, x)
+    _check_tokens(name, x, residual=residual)
+    _check_rows(name, x, gate=gate)
     _check_norm(name, x, scale, shift, weight, bias)
     dtype = out_dtype or x.dtype
-    backend = _choose(name, backend, x, scale, shift, weight, bias, dtypes=(dtype,))
+    tensors = (x, scale, shift, weight, bias, residual, gate)
+    backend = _choose(name, backend, *tensors, dtypes=(dtype,))
     if backend != "ref":
-        return kernels.norm_scale_shift(x, scale, shift, weight, bias, eps, dtype)
-    return norm_scale_shift_ref(x, scale, shift, weight, bias, eps=eps, out_dtype=dtype, math_dtype=_math_dtype(x))
+        return kernels.norm_scale_shift(*tensors, eps, dtype)
+    return norm_scale_shift_ref(*tensors, eps=eps, out_dtype=dtype, math_dtype=_math_dtype(x, residual))
 
 
 def scale_residual(
     residual: Tensor,
     x: Tensor,
     gate: Tensor | None,
+    addend: Tensor | None = None,
     *,
     out_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """residual + gate * x for residual, x [B, L, D] and gate [B, F, D] (None: 1).
+    """residual + gate * x + addend for residual, x, addend [B, L, D] (None: 0) and gate [B, F, D] (None: 1).
 
     Returns [B, L, D] in `out_dtype` (default: residual's). Raises ValueError as `norm_scale_shift` does.
     """
     name = "scale_residual"
-    _check_tokens(name, x, residual)
+    _check_tokens(name, x, residual=residual, addend=addend)
     _check_rows(name, x, gate=gate)
     dtype = out_dtype or residual.dtype
-    backend = _choose(name, backend, x, residual, gate, dtypes=(dtype,))
+    tensors = (residual, x, gate, addend)
+    backend = _choose(name, backend, *tensors, dtypes=(dtype,))
     if backend != "ref":
-        return kernels.scale_residual(residual, x, gate, dtype)
-    return scale_residual_ref(residual, x, gate, out_dtype=dtype, math_dtype=_math_dtype(residual, x))
+        return kernels.scale_residual(*tensors, dtype)
+    return scale_residual_ref(*tensors, out_dtype=dtype, math_dtype=_math_dtype(residual, x, addend))
 
 
 def scale_residual_norm_scale_shift(
@@ -239,6 +274,7 @@ def scale_residual_norm_scale_shift(
     shift: Tensor | None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
+    addend: Tensor | None = None,
     *,
     eps: float = 1e-6,
     residual_dtype: torch.dtype | None = None,
@@ -250,13 +286,13 @@ def scale_residual_norm_scale_shift(
     residual' has `residual_dtype` (default: residual's), y `out_dtype` (default: x's). Arguments and errors as there.
     """
     name = "scale_residual_norm_scale_shift"
-    _check_tokens(name, x, residual)
+    _check_tokens(name, x, residual=residual, addend=addend)
     _check_rows(name, x, gate=gate)
     _check_norm(name, x, scale, shift, weight, bias)
     results = (residual_dtype or residual.dtype, out_dtype or x.dtype)
-    tensors = (residual, x, gate, scale, shift, weight, bias)
+    tensors = (residual, x, gate, scale, shift, weight, bias, addend)
     backend = _choose(name, backend, *tensors, dtypes=results)
     if backend != "ref":
         return kernels.scale_residual_norm_scale_shift(*tensors, eps, *results)
-    dtypes = {"residual_dtype": results[0], "out_dtype": results[1], "math_dtype": _math_dtype(residual, x)}
+    dtypes = {"residual_dtype": results[0], "out_dtype": results[1], "math_dtype": _math_dtype(residual, x, addend)}
     return scale_residual_norm_scale_shift_ref(*tensors, eps=eps, **dtypes)
