@@ -169,8 +169,7 @@ def test_any_number_of_tokens_to_a_program(per_frame, rows, op, device, backend,
 
     monkeypatch.setattr(_adaln_kernels, "_like", lambda x, dtype: padded(x.shape, dtype=dtype, device=x.device))
     t = inputs((1, 3, per_frame, 40), (FP32, FP32, FP32), device)
-    t |= {name: torch.cat([t[name], torch.full_like(t[name], torch.nan)], 1) for name in TOKENS}
-    t |= {name: t[name][:, : 3 * per_frame] for name in TOKENS}
+    t |= {name: torch.cat([t[name], torch.full_like(t[name], torch.nan)], 1)[:, : 3 * per_frame] for name in TOKENS}
     args = arguments(op, t)
     for actual, expected in zip(call(op, args, backend), reference(op, args, FP32), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)

@@ -158,9 +158,10 @@ def test_a_stream_that_waits_holds_one_tensor() -> None:
         assert [stream._open is not None for stream in streams] == [branch == last for branch in range(3)]
 
 
-def test_blocks_compile_once() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_compile_once(dtype: torch.dtype) -> None:
     """They differ in their weights alone, so the code for one is that for all."""
-    dit, counter = small(num_layers=5), CompileCounter()
+    dit, counter = small(num_layers=5).to(dtype), CompileCounter()
     torch._dynamo.reset()
     blocks = [torch.compile(block, backend=counter, dynamic=False) for block in dit.blocks]
     x, _, e0, grid = dit.embed(torch.randn(1, 16, 2, 4, 4), torch.tensor([300]))

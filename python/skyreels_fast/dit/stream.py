@@ -11,9 +11,9 @@ from skyreels_fast.ops import norm_scale_shift, scale_residual, scale_residual_n
 class Stream:
     """Tokens [B, L, D] on their way through the blocks, `tokens` at first, in the model's dtype.
 
-    Within a block the sum is float32; at a block's end it is rounded to the model's dtype. In a narrower dtype a sum of
-    two tensors takes more memory than they do: it is written when a third has joined them. What has been added up is
-    let go of at once.
+    Within a block the sum is float32; at a block's end it is rounded to the model's dtype. Two tensors of 16 bits take
+    no more memory than their sum in float32 does, so it is written only when a third has joined them. What has been
+    added up is let go of at once.
     """
 
     def __init__(self, tokens: Tensor) -> None:
