@@ -170,6 +170,25 @@ def qk_norm_rope3d(grid: Grid, dim: int, head_dim: int, dtype: torch.dtype, devi
     yield _case(room, "qk_norm", args, room.qk_norm_cost(shape, itemsize=dtype.itemsize), grid)
 
 
+CONTEXT_KEYS = 104  # a prompt of 100 tokens and some for its padding
+
+
+def attention_weights(grid: Grid, dim: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    room = importlib.import_module("skyreels_fast.ops.attention_weights")
+    tokens, heads = grid[0] * grid[1] * grid[2], dim // head_dim
+    shape = (1, tokens, heads, head_dim)
+    args: Args = {"q": _draw(device, dtype, *shape, std=2), "k": _draw(device, dtype, 1, CONTEXT_KEYS, *shape[2:])}
+    args |= {"log_counts": _draw(device, torch.float32, CONTEXT_KEYS)}
+    args |= {"norm_weight": _draw(device, dtype, dim, mean=1, std=0.1)}
+    rows = torch.linspace(0, tokens - 1, min(CHECKED_FRAMES * CHECKED_ROWS, tokens), device=device).long()
+
+    def parts() -> Iterator[Part]:
+        yield {**args, "q": args["q"][:, rows]}, lambda output: output[:, rows]
+
+    cost = room.attention_weights_cost(shape, CONTEXT_KEYS, itemsize=dtype.itemsize)
+    yield _case(room, "attention_weights", args, cost, grid, parts=parts)
+
+
 def residual_reuse(grid: Grid, dim: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     room = importlib.import_module("skyreels_fast.ops.residual_reuse")
     shape = (1, grid[0] * grid[1] * grid[2], dim)
@@ -224,4 +243,4 @@ def _torch_sdpa(q: Tensor, k: Tensor, v: Tensor, block_tokens: int | None) -> Ca
     return lambda: functional.scaled_dot_product_attention(*heads_first, attn_mask=mask)
 
 
-CASES = {case.__name__: case for case in (adaln, attention, qk_norm_rope3d, residual_reuse)}
+CASES = {case.__name__: case for case in (adaln, attention, attention_weights, qk_norm_rope3d, residual_reuse)}

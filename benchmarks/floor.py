@@ -23,11 +23,15 @@ ATTENTION_TFLOPS = 690
 IMAGE_TOKENS = 257
 
 
-def gemms(config: TransformerConfig) -> dict[str, tuple[int, int]]:
-    """(in, out) of each matrix product that a block does over all tokens; the context's are done once a video."""
+def gemms(config: TransformerConfig, context_keys: int | None = None) -> dict[str, tuple[int, int]]:
+    """(in, out) of each matrix product that a block does over all tokens; the context's are done once a video.
+
+    context_keys: those that `ops.attention_weights` weighs, where attention to the context is a product of its weights.
+    """
     dim, ffn = config.dim, config.ffn_dim
-    square = dict.fromkeys(("attention out", "cross q", "cross out"), (dim, dim))
-    return {"qkv": (dim, 3 * dim), **square, "ffn in": (dim, ffn), "ffn out": (ffn, dim)}
+    weighed = dim if context_keys is None else config.num_heads * context_keys
+    square = dict.fromkeys(("attention out", "cross q"), (dim, dim))
+    return {"qkv": (dim, 3 * dim), **square, "cross out": (weighed, dim), "ffn in": (dim, ffn), "ffn out": (ffn, dim)}
 
 
 def block_flops(config: TransformerConfig, grid: tuple[int, int, int], block: int | None = None) -> tuple[int, int]:
@@ -43,13 +47,16 @@ def block_flops(config: TransformerConfig, grid: tuple[int, int, int], block: in
     return products, 4 * config.dim * (seen * per_frame**2 + tokens * context)
 
 
-def products_ms(config: TransformerConfig, tokens: int) -> float | None:
-    """Milliseconds of a forward's matrix products over `tokens` tokens; None for a width that was not measured."""
+def products_ms(config: TransformerConfig, tokens: int, context_keys: int | None = None) -> float | None:
+    """Milliseconds of a forward's matrix products over `tokens` tokens; None for a width that was not measured.
+
+    context_keys: as in `gemms`.
+    """
     rates = {shape: rate for shape, rate in GEMM_TFLOPS.items() if config.dim in shape}
     if not rates:
         return None
     best = max(rates.values())
-    products = sum(2 * tokens * a * b / rates.get((a, b), best) for a, b in gemms(config).values())
+    products = sum(2 * tokens * a * b / rates.get((a, b), best) for a, b in gemms(config, context_keys).values())
     return config.num_layers * products / 1e9
 
 

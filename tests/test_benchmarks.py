@@ -259,7 +259,10 @@ def test_the_floor_of_each_part_is_its_work_at_a_rate():
     residuals = 40 * tokens * 5120 * 2 * 14 / 4000e6  # tensors of bfloat16, a float32 one as two
     assert floors[breakdown.NORMS] == pytest.approx(residuals, rel=0.01)  # and the modulation of each frame
     least = floor.forward_ms(cfg, (25, 34, 60), gpu="NVIDIA H200")
-    assert floors[breakdown.SELF] + floors[breakdown.PRODUCTS] == pytest.approx(least, rel=0.01)
+    products = floor.products_ms(cfg, tokens)
+    assert floors[breakdown.SELF] + products == pytest.approx(least, rel=0.01)
+    saved = 40 * 2 * tokens * 5120 * 40 * (128 - 104) / 822e9  # 104 weights a head are projected, not 128 channels
+    assert floors[breakdown.PRODUCTS] == pytest.approx(products - saved)
     assert floors[breakdown.OTHER] is None
 
 

@@ -14,7 +14,7 @@ from skyreels_fast import ops
 from skyreels_fast.config import TransformerConfig
 from skyreels_fast.dit import Context, DiT
 from skyreels_fast.dit.block import Places
-from skyreels_fast.dit.context import padding_log_counts
+from skyreels_fast.dit.context import counted_padding, log_counts
 from skyreels_fast.dit.embeddings import sinusoid
 from skyreels_fast.dit.stream import Stream
 
@@ -89,31 +89,33 @@ def test_blocks_and_attention_may_be_handed_in() -> None:
     assert seen == [((1, 16, 2, 24), 12)] * 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tokens", [1, 5, 100, 126, 480])
-def test_some_keys_count_for_all_of_the_padding(tokens: int, dtype: torch.dtype) -> None:
-    logs = torch.tensor(padding_log_counts(tokens, 512 - tokens, dtype), dtype=dtype)
-    assert (tokens + len(logs)) % 8 == 0 and len(logs) <= 10
-    assert logs.double().exp().sum().item() == pytest.approx(512 - tokens, rel=1e-5)
+@pytest.mark.parametrize("tokens", [1, 7, 8, 100, 126, 127])
+def test_some_keys_count_for_all_of_the_padding(tokens: int) -> None:
+    kept = counted_padding(tokens, 512 - tokens, most=128)
+    logs = log_counts(tokens, kept, 512 - tokens, torch.device("cpu"))
+    assert 1 <= kept <= 8 and (tokens + kept) % 8 == 0 and logs.shape == (tokens + kept,)
+    assert logs[:-1].count_nonzero() == 0
+    assert logs.double().exp().sum().item() == pytest.approx(512, rel=1e-6)
 
 
-def test_little_padding_stays_as_it_is() -> None:
-    assert padding_log_counts(512, 0, torch.bfloat16) is None and padding_log_counts(509, 3, torch.bfloat16) is None
-    context = small(text_len=10).encode_context(torch.randn(1, 9, 12))
-    assert context.log_counts is None and context.text.shape[1] == 10
+@pytest.mark.parametrize(("tokens", "padding"), [(128, 384), (512, 0), (120, 8), (121, 1)])
+def test_padding_that_cannot_be_counted_stays(tokens: int, padding: int) -> None:
+    """Too many keys for a head, or as many as would stand for it."""
+    assert counted_padding(tokens, padding, most=128) == padding
+    assert log_counts(tokens, padding, padding, torch.device("cpu")) is None
 
 
-@pytest.mark.parametrize("model_type", ["t2v", "i2v"])
+@pytest.mark.parametrize(("model_type", "batch"), [("t2v", 1), ("t2v", 2), ("i2v", 2)])
 @torch.inference_mode()
-def test_counted_padding_is_the_padding(model_type: str) -> None:
+def test_counted_padding_is_the_padding(model_type: str, batch: int) -> None:
     """A block gives what it gives with every token of the padding in its place."""
     dit = small(model_type, text_len=200)
-    text = torch.randn(1, 4, 12)
-    image = torch.randn(1, 257, 1280) if model_type == "i2v" else None
+    text = torch.randn(batch, 4, 12)
+    image = torch.randn(batch, 257, 1280) if model_type == "i2v" else None
     counted = dit.encode_context(text, image)
     plain = dit.encode_context(torch.nn.functional.pad(text, (0, 0, 0, 196)), image)
     assert counted.text.shape[1] == 8 and plain.text.shape[1] == 200 and plain.log_counts is None
-    x, _, e0, grid = dit.embed(torch.randn(1, 16, 2, 8, 8), torch.tensor([300]))
+    x, _, e0, grid = dit.embed(torch.randn(batch, 16, 2, 8, 8), torch.tensor([300] * batch))
     assert rel_l2(dit.run_blocks(x, e0, counted, grid), dit.run_blocks(x, e0, plain, grid)) < 1e-6
     low = small(model_type, text_len=200).bfloat16()
     low.load_state_dict(dit.state_dict())

@@ -12,9 +12,17 @@ from torch.nn import functional
 from skyreels_fast.config import TransformerConfig
 from skyreels_fast.dit.past import Past
 from skyreels_fast.dit.stream import Stream
-from skyreels_fast.ops import attention, linear_gelu, qk_norm, qk_norm_rope3d, qk_norm_rope3d_, query_rows
+from skyreels_fast.ops import (
+    attention,
+    attention_weights,
+    linear_gelu,
+    qk_norm,
+    qk_norm_rope3d,
+    qk_norm_rope3d_,
+    query_rows,
+)
 
-# Called as ops.attention: attend(q, k, v, block_tokens=...), and for the context, where no key counts more than once,
+# Called as ops.attention: attend(q, k, v, block_tokens=...), and for a context none of whose keys is counted,
 # attend(q, k, v).
 Attend = Callable[..., Tensor]
 Grid = tuple[int, int, int]
@@ -102,13 +110,6 @@ class SelfAttention(nn.Module):
         return attend(q, k, v, block_tokens=places.block_tokens)
 
 
-def _attend_counted(q: Tensor, k: Tensor, v: Tensor, log_counts: Tensor) -> Tensor:
-    """Attention in which key j counts exp(log_counts[j]) times: what is added to its score. One pass over q."""
-    heads_first = [tensor.transpose(1, 2) for tensor in (q, k, v)]
-    mask = log_counts.expand(q.shape[0], 1, q.shape[1], -1)
-    return functional.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2)
-
-
 class CrossAttention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -136,14 +137,35 @@ class CrossAttention(nn.Module):
         return qk_norm(k, norm.weight, eps=self.eps), v.contiguous()
 
     def forward(self, x: Tensor, keys_values: KeysValues, attend: Attend) -> Tensor:
+        if len(keys_values) == 1 and keys_values[0].log_counts is not None:
+            return self._sum_projected(self._weights(self._query(x), keys_values[0]), keys_values[0].v)
         return self.o(self._attended(x, keys_values, attend).flatten(2))
 
+    def _query(self, x: Tensor) -> Tensor:
+        return self.q(x).unflatten(-1, (self.heads, -1))
+
+    def _weights(self, q: Tensor, pair: Pair) -> Tensor:
+        """[B, L, N, n] of a query that is still without its norm."""
+        return attention_weights(q, pair.k, pair.log_counts, norm_weight=self.norm_q.weight, eps=self.eps)
+
+    def _sum_projected(self, weights: Tensor, v: Tensor) -> Tensor:
+        """`o` of what weights [B, L, N, n] sum up of v [B, n, N, Dh]: w (v W^T) has n / Dh of the work of (w v) W^T."""
+        by_head = self.o.weight.unflatten(1, (self.heads, -1))
+        projected = torch.einsum("bnhd,ehd->bhne", v, by_head).flatten(1, 2)
+        rows = weights.flatten(2)
+        if len(rows) == 1:  # the bias of one product is added where it is made, that of a batch is written first
+            return torch.addmm(self.o.bias, rows[0], projected[0]).unsqueeze(0)
+        return torch.baddbmm(self.o.bias, rows, projected)
+
     def _attended(self, x: Tensor, keys_values: KeysValues, attend: Attend) -> Tensor:
-        q = qk_norm(self.q(x).unflatten(-1, (self.heads, -1)), self.norm_q.weight, eps=self.eps)
-        out = None
-        for k, v, log_counts in keys_values:
-            seen = attend(q, k, v) if log_counts is None else _attend_counted(q, k, v, log_counts)
-            out = seen if out is None else out + seen
+        q, out = self._query(x), None
+        text = keys_values[0]
+        if text.log_counts is not None:
+            out = torch.einsum("blhn,bnhd->blhd", self._weights(q, text), text.v)
+        q = qk_norm(q, self.norm_q.weight, eps=self.eps)
+        for k, v, _ in keys_values[out is not None :]:
+            seen = attend(q, k, v)
+            out = seen if out is None else seen + out  # in the order of `seen`, heads of a token side by side
         return out
 
 

@@ -9,15 +9,14 @@ from torch import Tensor
 
 from skyreels_fast.dit.block import Block, KeysValues
 
-_PARTS = 3
-_ALIGNED = 8  # keys: torch's kernels copy a mask of any other number
+_ALIGNED = 8
 
 
 class Context:
     """A condition: embedded text [B, n, D] and image [B, m, D] or None, with every block's keys and values.
 
     They depend on nothing else, so each block's are computed when first asked for and kept; with gradients enabled
-    nothing is kept. log_counts: [n], the logarithm of how often each token of the text counts, or None for once.
+    nothing is kept. log_counts: [n] float32, the logarithm of how often each token of the text counts; None: once.
     """
 
     def __init__(self, text: Tensor, image: Tensor | None = None, log_counts: Tensor | None = None) -> None:
@@ -33,25 +32,20 @@ class Context:
         return self._kept[index]
 
 
-def padding_log_counts(text_tokens: int, padding: int, dtype: torch.dtype) -> list[float] | None:
-    """Logarithms, as `dtype` has them, of how often some equal tokens count that stand for `padding` of them.
+def counted_padding(tokens: int, padding: int, most: int) -> int:
+    """How many tokens of padding are to stand for all `padding` of them behind a text of `tokens` tokens.
 
-    Behind `text_tokens` they make a number of keys that attention likes. A half-precision logarithm of 412 is half a
-    percent off, so three tokens share the count, each counting what the ones before left over. None: too few to bother.
+    They are equal, so one that counts for many does; a few more make the number of keys one that matrix products like.
+    All of them where no fewer do, or where there would be more than `most` keys.
     """
-    count = _PARTS + -(text_tokens + _PARTS) % _ALIGNED
-    if padding <= count:
+    count = 1 + -(tokens + 1) % _ALIGNED
+    return count if count < padding and tokens + count <= most else padding
+
+
+def log_counts(tokens: int, kept: int, padding: int, device: torch.device) -> Tensor | None:
+    """How often each key counts, the last of those `kept` for all that are not: see `Context`."""
+    if kept == padding:
         return None
-    ones, left, logs = count - _PARTS, float(padding - count + _PARTS), []
-    for _ in range(_PARTS):
-        exact = math.log(left) if left > 0 else -math.inf
-        logs.append(_rounded_down(exact, dtype))
-        left -= math.exp(logs[-1])
-    return [0.0] * ones + logs
-
-
-def _rounded_down(value: float, dtype: torch.dtype) -> float:
-    if value == 0 or not math.isfinite(value):
-        return value
-    spacing = torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(abs(value)))
-    return math.floor(value / spacing) * spacing
+    logs = torch.zeros(tokens + kept, device=device)
+    logs[-1] = math.log(padding - kept + 1)
+    return logs

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from skyreels_fast.config import TransformerConfig
 from skyreels_fast.dit.block import Attend, Block, Grid, Places
-from skyreels_fast.dit.context import Context, padding_log_counts
+from skyreels_fast.dit.context import Context, counted_padding, log_counts
 from skyreels_fast.dit.embeddings import (
     ImageEmbedding,
     linear_fp32,
@@ -104,14 +104,13 @@ class DiT(nn.Module):
             raise ValueError(f"a {config.model_type} model {needs}")
         if image is not None and (image.dim() != 3 or image.shape[::2] != (text.shape[0], IMAGE_DIM)):
             raise ValueError(f"image tokens must be [{text.shape[0]}, n, {IMAGE_DIM}], not {list(image.shape)}")
-        weight, padding = self.text_embedding[0].weight, config.text_len - text.shape[1]
-        logs = padding_log_counts(text.shape[1], padding, weight.dtype)
-        log_counts = None
-        if logs is not None:
-            padding = len(logs)
-            log_counts = torch.tensor([0.0] * text.shape[1] + logs, dtype=weight.dtype, device=weight.device)
-        tokens = self.text_embedding(functional.pad(text, (0, 0, 0, padding)).to(weight))
-        return Context(tokens, None if image is None else self.img_emb(image.to(weight)), log_counts)
+        weight, length = self.text_embedding[0].weight, text.shape[1]
+        padding = config.text_len - length
+        # As many keys as a head has channels: their weights are then no larger than what they sum up.
+        kept = counted_padding(length, padding, most=config.head_dim)
+        tokens = self.text_embedding(functional.pad(text, (0, 0, 0, kept)).to(weight))
+        logs = log_counts(length, kept, padding, weight.device)
+        return Context(tokens, None if image is None else self.img_emb(image.to(weight)), logs)
 
     def time_embedding_of(self, timestep: Tensor, fps: int | None = None) -> tuple[Tensor, Tensor]:
         """e [B, F', D] and e0 [B, F', 6, D], float32, of timestep [B] (F' = 1) or [B, F] (F' = F).
@@ -181,7 +180,7 @@ class DiT(nn.Module):
         causal_block_size: None, or the latent frames of a block that sees itself and the earlier ones only.
         blocks: the model's blocks in order, where not `self.blocks`; each is used before the next is asked for.
         attend, attend_context: self-attention and that to the context, called as `ops.attention`; a text whose padding
-        is counted has torch's own.
+        is counted has `ops.attention_weights`.
         token_range: x holds these of the h * w tokens of each frame, a shard; `grid` and the blocks that `attend` is
         asked for are the whole's. pasts: of each branch, of the frames before those in x, or None where there are none.
 
