@@ -44,9 +44,12 @@ def _gated_sum(x, residual, addend, gate, columns, in_row, inside):
         residual_values = _load_once(residual + columns, inside)
     if addend is not None:
         addend_values = _load_once(addend + columns, inside)
-    if gate is not None:
+    if gate is not None and residual is not None:
+        # Asked for, not left to the compiler: the sum has one value wherever it is used.
+        total = tl.fma(total, _load(gate + columns, in_row), residual_values)
+    elif gate is not None:
         total *= _load(gate + columns, in_row)
-    if residual is not None:
+    elif residual is not None:
         total += residual_values
     if addend is not None:
         total += addend_values

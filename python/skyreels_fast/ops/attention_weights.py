@@ -13,6 +13,8 @@ multiplies norm_weight into k, rounded to its dtype. Not differentiable, except 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -63,13 +65,18 @@ def _attention_weights_rms_kernel(out, q, batch_stride, row_stride, tokens, chan
 
 @jit
 def _attention_weights_kernel(
-    out, q, k, log_counts, rms, scale, tokens, keys, heads, channels,
+    out, q, k, log_counts, rms, scale, tokens, key_units, heads, channels,
     q_batch, q_row, q_head, k_batch, k_row, k_head,
-    TILES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
+    TILES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, UNIT: tl.constexpr, CHANNELS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program for TILES times ROWS queries of a head, whose keys it holds; `out` is contiguous."""
+    """One program for TILES times ROWS queries of a head, whose keys it holds; `out` is contiguous.
+
+    There are key_units * UNIT keys: so Triton sees how many weights of a row it can store at once.
+    """
     LOG2_E: tl.constexpr = 1.4426950408889634
-    head, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    keys = key_units * UNIT
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     channel, key = tl.arange(0, CHANNELS), tl.arange(0, KEYS)
     is_key, is_channel = key < keys, (channel < channels)[None, :]
     k += batch * k_batch + head * k_head
@@ -81,7 +88,7 @@ def _attention_weights_kernel(
     q += batch * q_batch + head * q_head
     out += (batch * tokens * heads + head) * keys
     for tile in tl.range(0, TILES, num_stages=STAGES):
-        row = (tl.program_id(1) * TILES + tile) * ROWS + tl.arange(0, ROWS)
+        row = (tl.program_id(0) * TILES + tile) * ROWS + tl.arange(0, ROWS)
         is_row, at = row < tokens, row.to(tl.int64)[:, None]
         rows = tl.load(q + at * q_row + channel[None, :], is_row[:, None] & is_channel, other=0.0)
         by = tl.zeros((ROWS,), tl.float32) + scale * LOG2_E
@@ -103,6 +110,7 @@ def _attention_weights(
     if out.numel() == 0:
         return out
     rows, tiles, warps, stages = _tuning(keys)
+    unit = math.gcd(keys, 16)
     with torch.cuda.device_of(q):
         rms = None
         if norm_weight is None:
@@ -115,10 +123,10 @@ def _attention_weights(
                 rms, q, q.stride(0), q.stride(1), tokens, width, eps, BLOCK=triton.next_power_of_2(width), num_warps=8
             )
         k = k if k.stride(3) == 1 else k.contiguous()
-        _attention_weights_kernel[(heads, triton.cdiv(tokens, rows * tiles), batch)](
+        _attention_weights_kernel[(triton.cdiv(tokens, rows * tiles), heads, batch)](
             out, q, k, None if log_counts is None else log_counts.contiguous(), rms, channels**-0.5,
-            tokens, keys, heads, channels, *q.stride()[:3], *k.stride()[:3],
-            TILES=tiles, ROWS=rows, KEYS=max(16, triton.next_power_of_2(keys)),
+            tokens, keys // unit, heads, channels, *q.stride()[:3], *k.stride()[:3],
+            TILES=tiles, ROWS=rows, KEYS=max(16, triton.next_power_of_2(keys)), UNIT=unit,
             CHANNELS=max(16, triton.next_power_of_2(channels)), STAGES=stages, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return out
@@ -132,7 +140,7 @@ def _(q: Tensor, k: Tensor, log_counts: Tensor | None, norm_weight: Tensor | Non
 def _tuning(keys: int) -> tuple[int, int, int, int]:
     """Rows, tiles of rows, warps and stages of a program: the fastest on an H200, whose registers hold 64 rows' scores
     of 128 keys."""
-    return (64, 8, 4, 3) if keys <= 128 else (64, 4, 8, 2)
+    return (64, 16, 4, 3) if keys <= 128 else (64, 4, 8, 2)
 
 
 def _check(q: Tensor, k: Tensor, log_counts: Tensor | None, norm_weight: Tensor | None) -> None:
