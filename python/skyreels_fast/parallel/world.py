@@ -64,6 +64,7 @@ class World:
         self.leads = self.rank == 0
         self._control = dist.new_group(backend="gloo", timeout=_LEADER_TIMEOUT)
         self._groups: tuple[Layout, Groups] | None = None
+        self._meet_neighbours()
 
     @classmethod
     def join(cls, device: torch.device) -> World:
@@ -125,6 +126,13 @@ class World:
         """Leave, all together and in good order."""
         self.wait()
         dist.destroy_process_group()
+
+    def _meet_neighbours(self) -> None:
+        """Have NCCL connect each rank with the next, which takes it a second, before work that is waited for."""
+        token = torch.zeros(1, device=self.device)
+        for peer in (self.rank ^ 1, (self.rank + 1 ^ 1) - 1):  # pairs (0, 1), (2, 3), …, then (1, 2), (3, 4), …
+            if 0 <= peer < self.size:
+                dist.send(token, peer) if peer < self.rank else dist.recv(token, peer)
 
     def _told(self, value: Any) -> Any:
         box = [value]
