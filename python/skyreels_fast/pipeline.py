@@ -240,7 +240,7 @@ class Pipeline:
             if keep_latents:
                 result.latents.append(latents)
             with self.placement.use(vae):
-                budget = team.agree(machine.decode_bytes(dit, vae))
+                budget = team.agree(machine.decode_bytes(dit, vae))  # whole frames or tiles, as the leader would alone
                 chunks = _skip(window.drop, vae.decode_stream(latents, budget, team.chain))
                 decoded = media.to_host(chunks, floats=history.limit > 0)
                 for chunk, frames in clock.each("decode", decoded):

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .layout import cut
@@ -56,12 +55,12 @@ class Chain:
         """The frames, `shape` [T, B, H, W, C] in all, that the process before hands on."""
         count, source = shape[0], self._world.rank + 1
         buffer = torch.empty(shape[1:], dtype=dtype, device=self._world.device)
-        coming = dist.irecv(buffer, source) if count else None
+        coming = self._world.receive(buffer, source) if count else None
         for left in reversed(range(count)):
             coming.wait()
             frame = [buffer.clone()]
             if left:
-                coming = dist.irecv(buffer, source)
+                coming = self._world.receive(buffer, source)
             yield frame.pop()  # held by no name while it is worked on
 
     def _handed_on(self, frames: Frames) -> Frames:
@@ -74,7 +73,7 @@ class Chain:
                 going.wait()
             buffer.copy_(frame)
             del frame
-            going = dist.isend(buffer, self._world.rank - 1)
+            going = self._world.send(buffer, self._world.rank - 1)
         if going is not None:
             going.wait()
         yield from ()

@@ -142,12 +142,14 @@ class VAE(nn.Module):
             pieces; all get the latents.
         """
         if shared is None:
-            return self._latents_of(flow(self.encoder.stages, self._frames_of(chunks)))
-        chunks = list(chunks)
-        stages = stages_of(self.encoder.stages, _shape_of(chunks))
-        moments = shared.flow(stages, self._frames_of(chunks), self._dtype)
-        latents = self._latents_of(moments)
-        return shared.first(lambda: latents)
+            moments = flow(self.encoder.stages, self._frames_of(chunks))
+        else:
+            chunks = list(chunks)
+            stages = stages_of(self.encoder.stages, _shape_of(chunks))
+            moments = shared.flow(stages, self._frames_of(chunks), self._dtype)
+        moments = _repeatable(moments)
+        means = [pointwise(self.conv1, frame.to(self._dtype))[..., :LATENT_CHANNELS].float() for frame in moments]
+        return self._normalised(means) if shared is None else shared.first(lambda: self._normalised(means))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents [B, 16, F, h, w] → video [B, 3, 4F−3, 8h, 8w] in [−1, 1], float32."""
@@ -196,12 +198,10 @@ class VAE(nn.Module):
             del chunk
             count = VAE_STRIDE[0]
 
-    def _latents_of(self, moments: Frames) -> Tensor | None:
-        """Latents [B, 16, F, h, w] of the encoder's output frames; None where there are none."""
+    def _normalised(self, means: list[Tensor]) -> Tensor:
+        """Means of the posterior, frames [B, h, w, 16], as latents [B, 16, F, h, w]."""
         mean, std = self._statistics()
-        moments = _repeatable(moments)
-        means = [pointwise(self.conv1, frame.to(self._dtype))[..., :LATENT_CHANNELS].float() for frame in moments]
-        return (torch.stack(means, dim=1).permute(0, 4, 1, 2, 3).contiguous() - mean) / std if means else None
+        return (torch.stack(means, dim=1).permute(0, 4, 1, 2, 3).contiguous() - mean) / std
 
     def _frames_of(self, chunks: Iterable[Tensor]) -> Frames:
         """A video in pieces [B, 3, t, H, W] as frames [B, H, W, 3] in the VAE's dtype, on its device."""
