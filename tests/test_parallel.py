@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from itertools import combinations, pairwise
 
 import pytest
@@ -331,6 +333,36 @@ def test_more_processes_than_layers_or_frames(size: int, count: int) -> None:
     assert len(own) == count
     assert all(torch.equal(*pair) for pair in zip(own, expected, strict=True))
     assert not any(frames for frames, _ in others)
+
+
+class _Slow(torch.nn.Module):
+    """A layer that takes its time for every frame, but no processor."""
+
+    def flow(self, frames: Iterator[Tensor]) -> Iterator[Tensor]:
+        for frame in frames:
+            time.sleep(0.03)
+            yield frame + 1
+
+    def out_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape
+
+    def cost(self, shape: tuple[int, ...]) -> int:
+        return 1
+
+
+def _timed(rank: int, count: int) -> tuple[list[Tensor], float]:
+    world, frames = World(CPU), torch.zeros(count, 1, 1, 1, 1)
+    stages = stages_of([_Slow(), _Slow(), _Slow()], tuple(frames.shape))
+    world.wait()
+    start = time.perf_counter()
+    return list(Chain(world).flow(stages, iter(frames), frames.dtype)), time.perf_counter() - start
+
+
+def test_processes_of_a_chain_work_at_the_same_time() -> None:
+    """They take little longer than one layer does; one after the other the three would take thrice that."""
+    (frames, seconds), *_ = together(3, _timed, 20)
+    assert torch.equal(torch.cat(frames), torch.full((20, 1, 1, 1), 3.0))
+    assert seconds < 2 * 20 * 0.03
 
 
 def test_layers_are_cut_where_the_dearest_part_is_cheapest() -> None:
