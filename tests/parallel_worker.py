@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 
@@ -9,6 +10,7 @@ import torch
 
 import skyreels_fast as sf
 from skyreels_fast.parallel import Degrees
+from skyreels_fast.parallel.chain import Chain
 
 SMALL = {"height": 48, "width": 80, "inference_steps": 3, "seed": 5}
 REQUESTS = {
@@ -18,17 +20,31 @@ REQUESTS = {
 }
 
 
-def render(device: str, dtype: torch.dtype, degrees: Degrees | None) -> dict[str, sf.Result]:
+def render(device: str, dtype: torch.dtype, degrees: Degrees | None) -> tuple[dict[str, sf.Result], list[torch.Tensor]]:
+    """The requests' results, and what `coded` gives."""
     pipe = sf.Pipeline.from_pretrained("tiny", device, dtype, mode="df", vae_dtype=torch.float32, degrees=degrees)
     results = {name: pipe(sf.Request(**request)) for name, request in REQUESTS.items()}
+    through_vae = coded(pipe)
     if pipe.machine.world is not None:
         pipe.machine.world.close()
-    return results
+    return results, through_vae
+
+
+@torch.no_grad()
+def coded(pipe: sf.Pipeline) -> list[torch.Tensor]:
+    """Latents of noise, and frames of others, by the VAE in bfloat16; no frames in processes that do not lead."""
+    vae = copy.deepcopy(pipe._load()[1]).bfloat16().lay_out()
+    chain = Chain(pipe.machine.world) if pipe.machine.world else None
+    generator = torch.Generator().manual_seed(0)
+    video = torch.rand(1, 3, 21, 272, 480, generator=generator) * 2 - 1
+    latents = torch.randn(1, 16, 6, 34, 60, generator=generator)
+    return [chunk.cpu() for chunk in (vae.encode_stream([video], chain), *vae.decode_stream(latents, shared=chain))]
 
 
 if __name__ == "__main__":
     device, ulysses, ring, cfg_parallel, out = sys.argv[1:]
     device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
-    results = render(device, torch.float32, Degrees(int(ulysses), int(ring), cfg_parallel == "1"))
+    results, through_vae = render(device, torch.float32, Degrees(int(ulysses), int(ring), cfg_parallel == "1"))
     if os.environ["RANK"] == "0":
-        torch.save({name: ([x.cpu() for x in one.latents], one.frames) for name, one in results.items()}, out)
+        rendered = {name: ([x.cpu() for x in one.latents], one.frames) for name, one in results.items()}
+        torch.save((rendered, through_vae), out)

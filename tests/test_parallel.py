@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from itertools import combinations, pairwise
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,14 +13,17 @@ from conftest import rel_l2
 from processes import together
 from torch import Tensor
 
+from skyreels_fast.conditions import image_channels
 from skyreels_fast.ops.attention import attention_ref, attention_with_lse
 from skyreels_fast.parallel import Degrees, Layout, LeaderError, World, choose_layout, is_lost_peer, require
-from skyreels_fast.parallel.layout import slices
-from skyreels_fast.parallel.ring import merge
-from skyreels_fast.parallel.rows import FrameRows
+from skyreels_fast.parallel.chain import Chain
+from skyreels_fast.parallel.layout import cut, slices
+from skyreels_fast.parallel.ring import RingBuffers, merge
 from skyreels_fast.parallel.sequence import SequenceAttention
 from skyreels_fast.parallel.team import Team
-from skyreels_fast.vae import VAE
+from skyreels_fast.vae import VAE, tiles
+from skyreels_fast.vae.chain import stages_of
+from skyreels_fast.vae.layers import flow
 
 CPU = torch.device("cpu")
 HEADS, HEAD_DIM = 4, 8
@@ -76,6 +83,36 @@ def test_half_precision_is_rounded_no_more_often_than_the_ring_is_long() -> None
     for own, expected in together(4, _attend_sharded, Layout(2, 2), 3, 8, None, 3, torch.bfloat16):
         assert own.dtype == torch.bfloat16
         assert rel_l2(own, expected) < 2 * 2**-8
+
+
+def _attend_in_turn(rank: int) -> list[tuple[Tensor, Tensor]]:
+    """Results of one ring, and one process's: of longer and shorter videos, in two dtypes, kept until all are there."""
+    attend = SequenceAttention(Layout(1, 2), World(CPU).groups(Layout(1, 2)), rank, 5, None)
+    start, stop = slices(5, 2)[rank]
+    results = []
+    for frames, dtype in ((2, torch.float32), (4, torch.float32), (3, torch.float32), (3, torch.bfloat16)):
+        drawn = draw(frames, 5, dtype=dtype)
+        own = attend(*(x[:, :, start:stop].flatten(1, 2).requires_grad_() for x in drawn))
+        whole = attention_ref(*(x.flatten(1, 2).double() for x in drawn), math_dtype=torch.float64)
+        results.append((own, whole.unflatten(1, (frames, 5))[:, :, start:stop].flatten(1, 2)))
+    return results
+
+
+def test_a_ring_takes_any_shapes_in_turn() -> None:
+    for results in together(2, _attend_in_turn):
+        assert [own.dtype for own, _ in results] == [torch.float32] * 3 + [torch.bfloat16]
+        assert all(rel_l2(own, whole) < 2e-6 for own, whole in results[:3])
+        assert rel_l2(*results[3]) < 2 * 2**-8
+
+
+def test_a_ring_has_memory_of_its_own() -> None:
+    """Which is made anew only where it does not fit."""
+    buffers, small = RingBuffers(), torch.empty(0)
+    first = buffers.pair(small, 12)
+    assert first.shape == (2, 12)
+    assert buffers.pair(small, 7) is first
+    assert buffers.pair(small, 13).shape == (2, 13)
+    assert buffers.pair(small.bfloat16(), 12).dtype == torch.bfloat16
 
 
 def test_merged_parts_are_the_whole() -> None:
@@ -238,25 +275,114 @@ def _vae(seed: int) -> VAE:
 
 
 @torch.no_grad()
-def _by_rows(rank: int, latents: Tensor, video: Tensor) -> tuple[Tensor, list[Tensor]]:
-    vae, rows = _vae(0), FrameRows(World(CPU), latents.shape[-2])
-    encoded = vae.encode_stream(video.split(3, dim=2), rows)
-    return encoded, list(vae.decode_stream(latents, shared=rows))
+def _chained(rank: int, latents: Tensor, video: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+    vae, chain = _vae(0), Chain(World(CPU))
+    encoded = vae.encode_stream(video.split(3, dim=2), chain)
+    return encoded, list(vae.decode_stream(latents, shared=chain)), image_channels(vae, video[:, :, :1], 3, chain)
 
 
-@pytest.mark.parametrize(("size", "height"), [(2, 6), (3, 7), (4, 4)])
+@pytest.mark.parametrize(
+    ("size", "batch", "frames", "height", "width"), [(2, 1, 3, 6, 5), (3, 2, 2, 7, 1), (4, 1, 3, 3, 4), (4, 1, 1, 1, 1)]
+)
 @torch.no_grad()
-def test_the_vae_by_rows(size: int, height: int) -> None:
-    """As many rows in each process or not, down to a single one of the latents."""
+def test_the_vae_in_a_chain(size: int, batch: int, frames: int, height: int, width: int) -> None:
+    """The bits are those of one process. Two frames of the video are past its last group of four."""
     generator = torch.Generator().manual_seed(1)
-    latents = torch.randn(1, 16, 3, height, 5, generator=generator)
-    video = torch.rand(1, 3, 9, 8 * height, 40, generator=generator) * 2 - 1
+    latents = torch.randn(batch, 16, frames, height, width, generator=generator)
+    video = torch.rand(batch, 3, 4 * frames - 1, 8 * height, 8 * width, generator=generator) * 2 - 1
     vae = _vae(0)
-    decoded, encoded = vae.decode(latents), vae.encode(video)
-    for rank, (own, chunks) in enumerate(together(size, _by_rows, latents, video)):
-        assert rel_l2(own, encoded) < 1e-5
+    decoded, encoded, given = vae.decode(latents), vae.encode(video), image_channels(vae, video[:, :, :1], 3)
+    for rank, (own, chunks, channels) in enumerate(together(size, _chained, latents, video)):
+        assert torch.equal(own, encoded)
+        assert torch.equal(channels, given)
         if rank == 0:
-            assert [chunk.shape[2] for chunk in chunks] == [1, 4, 4]
-            assert rel_l2(torch.cat(chunks, dim=2), decoded) < 1e-5
+            assert [chunk.shape[2] for chunk in chunks] == [1] + [4] * (frames - 1)
+            assert torch.equal(torch.cat(chunks, dim=2), decoded)
         else:
             assert not chunks
+
+
+@torch.no_grad()
+def _tiled(rank: int, latents: Tensor, budget: int) -> list[Tensor]:
+    return list(_vae(0).decode_stream(latents, budget, Chain(World(CPU))))
+
+
+@torch.no_grad()
+def test_tiles_are_those_of_one_process() -> None:
+    latents = torch.randn(1, 16, 2, 24, 16, generator=torch.Generator().manual_seed(2))
+    vae, budget = _vae(0), tiles.decode_bytes(_vae(0), (1, 16, 2, 16, 16))
+    expected = torch.cat(list(vae.decode_stream(latents, budget)), dim=2)
+    assert not torch.equal(expected, vae.decode(latents))
+    first, second = together(2, _tiled, latents, budget)
+    assert torch.equal(torch.cat(first, dim=2), expected) and not second
+
+
+@torch.no_grad()
+def _few_layers(rank: int, count: int) -> tuple[list[Tensor], list[Tensor]]:
+    """What comes out of two layers in a chain, and in this process alone."""
+    layers = _vae(0).decoder.stages[-2:]
+    frames = torch.rand(count, 1, 4, 4, 8, generator=torch.Generator().manual_seed(3))
+    stages = stages_of(layers, tuple(frames.shape))
+    return list(Chain(World(CPU)).flow(stages, iter(frames), frames.dtype)), list(flow(layers, iter(frames)))
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_more_processes_than_layers_or_frames(size: int, count: int) -> None:
+    (own, expected), *others = together(size, _few_layers, count)
+    assert len(own) == count
+    assert all(torch.equal(*pair) for pair in zip(own, expected, strict=True))
+    assert not any(frames for frames, _ in others)
+
+
+class _Slow(torch.nn.Module):
+    """A layer that takes its time for every frame, but no processor."""
+
+    def flow(self, frames: Iterator[Tensor]) -> Iterator[Tensor]:
+        for frame in frames:
+            time.sleep(0.03)
+            yield frame + 1
+
+    def out_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape
+
+    def cost(self, shape: tuple[int, ...]) -> int:
+        return 1
+
+
+def _timed(rank: int, count: int) -> tuple[list[Tensor], float]:
+    world, frames = World(CPU), torch.zeros(count, 1, 1, 1, 1)
+    stages = stages_of([_Slow(), _Slow(), _Slow()], tuple(frames.shape))
+    world.wait()
+    start = time.perf_counter()
+    return list(Chain(world).flow(stages, iter(frames), frames.dtype)), time.perf_counter() - start
+
+
+def test_processes_of_a_chain_work_at_the_same_time() -> None:
+    """They take little longer than one layer does; one after the other the three would take thrice that."""
+    (frames, seconds), *_ = together(3, _timed, 20)
+    assert torch.equal(torch.cat(frames), torch.full((20, 1, 1, 1), 3.0))
+    assert seconds < 2 * 20 * 0.03
+
+
+def test_layers_are_cut_where_the_dearest_part_is_cheapest() -> None:
+    generator = torch.Generator().manual_seed(4)
+    for count in range(1, 8):
+        costs = torch.randint(1, 20, (count,), generator=generator).tolist()
+        for parts in range(1, 10):
+            found = cut(costs, parts)
+            assert len(found) <= parts and found[0][0] == 0 and found[-1][1] == count
+            assert all(start < stop for start, stop in found)
+            assert all(stop == start for (_, stop), (start, _) in pairwise(found))
+            places = [(0, *places, count) for places in combinations(range(1, count), min(parts, count) - 1)]
+            best = min(max(sum(costs[a:b]) for a, b in pairwise(cuts)) for cuts in places)
+            assert max(sum(costs[start:stop]) for start, stop in found) == best
+
+
+@pytest.mark.parametrize(("size", "least"), [(2, 1.9), (4, 3.2), (8, 5.5)])
+def test_the_published_decoder_is_cut_evenly(size: int, least: float) -> None:
+    """By its layers' costs at 540P, the slowest of so many processes has a `least`-th of the work or less."""
+    with torch.device("meta"):
+        layers = VAE().decoder.stages
+    costs = [stage.cost for stage in stages_of(layers, (25, 1, 68, 120, 16))]
+    assert sum(costs) / max(sum(costs[start:stop]) for start, stop in cut(costs, size)) > least

@@ -19,7 +19,7 @@ WORKER = Path(__file__).with_name("parallel_worker.py")
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, sf.Result]:
+def alone() -> tuple[dict[str, sf.Result], list[torch.Tensor]]:
     return render("cuda:0", torch.float32, None)
 
 
@@ -27,7 +27,10 @@ def alone() -> dict[str, sf.Result]:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.skipif(importlib.util.find_spec("xfuser") is None, reason="needs xfuser")
 @pytest.mark.parametrize("degrees", ["1 1 1", "2 1 0", "1 2 0"], ids=["branches", "ulysses", "ring"])
-def test_two_gpus_equal_one(degrees: str, alone: dict[str, sf.Result], tmp_path: Path) -> None:
+def test_two_gpus_equal_one(
+    degrees: str, alone: tuple[dict[str, sf.Result], list[torch.Tensor]], tmp_path: Path
+) -> None:
+    """Up to rounding where tokens are shared out, in every bit where the VAE's layers are."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     paths = os.pathsep.join(sys.path)
     run = subprocess.run(
@@ -37,7 +40,10 @@ def test_two_gpus_equal_one(degrees: str, alone: dict[str, sf.Result], tmp_path:
         text=True,
     )
     assert run.returncode == 0, run.stderr[-4000:]
-    for name, (latents, frames) in torch.load(tmp_path / "out.pt").items():
-        for own, one in zip(latents, alone[name].latents, strict=True):
+    expected, coded_alone = alone
+    rendered, coded = torch.load(tmp_path / "out.pt")
+    for name, (latents, frames) in rendered.items():
+        for own, one in zip(latents, expected[name].latents, strict=True):
             assert rel_l2(own, one.cpu()) < 1e-4
-        assert (frames.int() - alone[name].frames.int()).abs().max() <= 1
+        assert (frames.int() - expected[name].frames.int()).abs().max() <= 1
+    assert all(torch.equal(*pair) for pair in zip(coded, coded_alone, strict=True))

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import skyreels_fast as sf
 from benchmarks.fidelity import psnr_db
 from skyreels_fast.vae import VAE, tiles
+from skyreels_fast.vae.chain import stages_of
 from training.data import draw_scenes, render, trajectory
 
 
@@ -55,6 +56,16 @@ def _channels(values: tuple[float, ...]) -> torch.Tensor:
 def test_frames_past_the_last_group_of_four_are_left_out(vae: VAE) -> None:
     video = torch.rand(1, 3, 8, 16, 16) * 2 - 1
     assert torch.equal(vae.encode(video), vae.encode(video[:, :, :5]))
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_layers_tell_the_shapes_of_what_they_give(vae: VAE, count: int) -> None:
+    for layers, shape in ((vae.encoder.stages, (count, 2, 16, 8, 3)), (vae.decoder.stages, (count, 2, 2, 1, 16))):
+        frames = list(torch.zeros(shape))
+        for stage in stages_of(layers, shape):
+            frames = list(stage.layer.flow(iter(frames)))
+            assert stage.out_shape == (len(frames), *frames[0].shape)
+            assert stage.cost > 0
 
 
 def test_later_frames_do_not_change_earlier_ones(vae: VAE) -> None:

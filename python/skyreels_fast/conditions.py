@@ -16,7 +16,7 @@ from .encoders.image import ImageEncoder
 from .encoders.text import TextEncoder
 from .placement import Placement
 from .request import Settings
-from .vae import VAE, SharedRows
+from .vae import VAE, Chain
 
 
 class Conditions:
@@ -129,7 +129,7 @@ def load_pictures(settings: Settings) -> dict[str, Tensor]:
     }
 
 
-def image_channels(vae: VAE, image: Tensor, latents: int, shared: SharedRows | None = None) -> Tensor:
+def image_channels(vae: VAE, image: Tensor, latents: int, shared: Chain | None = None) -> Tensor:
     """I2V's 20 extra channels [1, 20, F, h, w]: 4 of mask, 1 on the given frame, and the latents of (image, zeros)."""
 
     def frames() -> Iterator[Tensor]:

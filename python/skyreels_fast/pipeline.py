@@ -14,7 +14,7 @@ from torch import Tensor
 from . import media, ops
 from .checkpoint import Checkpoint
 from .conditions import Conditions, Contexts, History, image_channels, load_pictures
-from .config import MODES, VAE_STRIDE
+from .config import MODES
 from .dit.model import DiT
 from .footprint import check_vram
 from .identity import identity
@@ -25,11 +25,9 @@ from .request import Request, Settings, resolve
 from .run import Run
 from .sampling.denoise import State, denoise
 from .sampling.teacache import TeaCacheSettings
-from .sampling.team import Team
-from .sampling.windows import Window
 from .stages import Clock, Progress
 from .start import starting_latents
-from .vae import VAE, SharedRows
+from .vae import VAE
 
 
 @dataclass
@@ -206,12 +204,11 @@ class Pipeline:
                 history.add(media.from_uint8(frames))
                 yield frames
         for index, window in list(enumerate(plan.windows))[done:]:
-            with clock("encode"):
-                shared = team.rows(settings.height // VAE_STRIDE[1])
-                with self.placement.use(vae):
-                    start = partial(starting_latents, vae, settings, window, pictures, history, noise, self.dtype)
-                    initial = team.first(start)
-                    channels = self._channels(vae, settings, window, pictures, team, shared)
+            with clock("encode"), self.placement.use(vae):
+                start = partial(starting_latents, vae, settings, window, pictures, history, noise, self.dtype)
+                initial = team.first(start)
+                i2v = settings.mode == "i2v"
+                channels = image_channels(vae, pictures["image"], window.latents, team.chain) if i2v else None
             state, noise_state = team.first(partial(_state, run, index, condition_noise))
             condition_noise.set_state(noise_state)
             progress.window(index, len(plan.windows), plan.calls[index] - (state.row if state else 0))
@@ -242,10 +239,9 @@ class Pipeline:
                 )[:, :, : window.latents]
             if keep_latents:
                 result.latents.append(latents)
-            if shared is None and not team.leads:
-                continue
             with self.placement.use(vae):
-                chunks = _skip(window.drop, vae.decode_stream(latents, machine.decode_bytes(dit, vae), shared))
+                budget = team.agree(machine.decode_bytes(dit, vae))  # whole frames or tiles, as the leader would alone
+                chunks = _skip(window.drop, vae.decode_stream(latents, budget, team.chain))
                 decoded = media.to_host(chunks, floats=history.limit > 0)
                 for chunk, frames in clock.each("decode", decoded):
                     if chunk is not None:
@@ -264,21 +260,6 @@ class Pipeline:
                 vae.lay_out()
             self._dit, self._vae = dit.eval(), vae.eval()
         return self._dit, self._vae
-
-    def _channels(
-        self,
-        vae: VAE,
-        settings: Settings,
-        window: Window,
-        pictures: dict[str, Tensor],
-        team: Team,
-        shared: SharedRows | None,
-    ) -> Tensor | None:
-        """What an I2V model is given beside the latents."""
-        if settings.mode != "i2v":
-            return None
-        encode = partial(image_channels, vae, pictures["image"], window.latents, shared)
-        return team.first(encode) if shared is None else encode()
 
     def _teacache(self, settings: Settings) -> TeaCacheSettings | None:
         if not settings.teacache:

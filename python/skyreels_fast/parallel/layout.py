@@ -6,7 +6,9 @@ neighbours, and so on one host. The processes of a branch are numbered alike; ea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, combinations
 from math import gcd
 from typing import NamedTuple
 
@@ -50,10 +52,29 @@ class Layout(NamedTuple):
 
 
 def slices(tokens: int, parts: int) -> list[tuple[int, int]]:
-    """(first, last + 1) of `parts` slices of a frame's tokens or rows, as even as can be, the longer ones first."""
+    """(first, last + 1) of `parts` slices of a frame's tokens, as even as can be, the longer ones first."""
     length, longer = divmod(tokens, parts)
     starts = [part * length + min(part, longer) for part in range(parts + 1)]
     return list(zip(starts, starts[1:], strict=False))
+
+
+def cut(costs: Sequence[int], parts: int) -> list[tuple[int, int]]:
+    """(first, last + 1) of up to `parts` runs of neighbours, the dearest of which is as cheap as can be."""
+    sums = [0, *accumulate(costs)]
+    runs = {sums[stop] - sums[start] for start, stop in combinations(range(len(sums)), 2)}
+    bounds = sorted(bound for bound in runs if bound >= max(costs))
+    return next(found for found in (_filled(costs, bound) for bound in bounds) if len(found) <= parts)
+
+
+def _filled(costs: Sequence[int], bound: int) -> list[tuple[int, int]]:
+    """(first, last + 1) of runs of neighbours that cost up to `bound`, each as long as can be."""
+    starts, filled = [0], 0
+    for i, cost in enumerate(costs):
+        if filled + cost > bound:
+            starts.append(i)
+            filled = 0
+        filled += cost
+    return list(zip(starts, [*starts[1:], len(costs)], strict=True))
 
 
 def choose_layout(degrees: Degrees, size: int, *, heads: int, guided: bool, tokens_per_frame: int) -> Layout:

@@ -4,6 +4,7 @@ are put together by their log-sum-exp, in float32."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,25 @@ def merge(first: Partial, second: Partial) -> Partial:
     return out.float() * weights[0] + more.float() * weights[1], both
 
 
+class RingBuffers:
+    """Memory for the keys and values in hand and for those under way, used again by every call.
+
+    What NCCL has been given is not used again before the device is done with it, however far the host is ahead: tensors
+    made in each call would pile up.
+    """
+
+    def __init__(self) -> None:
+        self._flat: Tensor | None = None
+
+    def pair(self, like: Tensor, elements: int) -> Tensor:
+        """Two buffers [2, at least so many elements] of the dtype and on the device of `like`."""
+        flat = self._flat
+        if flat is None or flat.shape[1] < elements or (flat.dtype, flat.device) != (like.dtype, like.device):
+            self._flat = like.new_empty(2, elements)
+        return self._flat
+
+
+@torch.no_grad()
 def ring_attention(
     q: Tensor,
     k: Tensor,
@@ -30,38 +50,43 @@ def ring_attention(
     block_frames: int | None,
     *,
     group: dist.ProcessGroup,
+    buffers: RingBuffers,
     backend: str | None = None,
 ) -> Tensor:
     """Attention of this process's q [B, F * own, N, Dh] to the k, v [B, F' * own, N, Dh] of the whole ring.
 
     lengths: tokens of a frame that each process has; tokens go frame by frame. block_frames: None, or how many frames
     see themselves and the earlier ones only; then q has the last of the frames of k and v.
-    The next keys and values are under way while the ones in hand are attended to.
+    The next keys and values are under way while the ones in hand are attended to. It has no gradient.
     """
     place, size = dist.get_rank(group), dist.get_world_size(group)
     own = lengths[place]
     key_frames = k.shape[1] // own
-    held, result = torch.stack((k, v)), None
+    shapes = [(2, k.shape[0], key_frames * length, *k.shape[2:]) for length in lengths]
+    here, there = buffers.pair(k, max(map(prod, shapes)))
+    held, result = _view(here, shapes[place]), None
+    torch.stack((k, v), out=held)
     for step in range(size):
         source = (place - step) % size
-        coming, works = None, []
-        if step + 1 < size:
-            shape = (2, k.shape[0], key_frames * lengths[source - 1], *k.shape[2:])
-            coming, works = _pass_on(held, held.new_empty(shape), place, size, group)
+        coming = _view(there, shapes[source - 1])
+        works = _pass_on(held, coming, place, size, group) if step + 1 < size else []
         part = _attend(q, held, own, lengths[source], block_frames, backend)
         result = part if result is None else merge(result, part)
         for work in works:
             work.wait()
-        held = coming
+        held, here, there = coming, there, here
     return result[0].to(q.dtype)
 
 
-def _pass_on(
-    held: Tensor, coming: Tensor, place: int, size: int, group: dist.ProcessGroup
-) -> tuple[Tensor, list[dist.Work]]:
+def _view(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return flat[: prod(shape)].view(shape)
+
+
+def _pass_on(held: Tensor, coming: Tensor, place: int, size: int, group: dist.ProcessGroup) -> list[dist.Work]:
+    """Begin to send what is held to the process after, and to receive what comes from the one before."""
     after, before = (dist.get_global_rank(group, (place + step) % size) for step in (1, -1))
     exchange = [dist.P2POp(dist.isend, held, after, group), dist.P2POp(dist.irecv, coming, before, group)]
-    return coming, dist.batch_isend_irecv(exchange)
+    return dist.batch_isend_irecv(exchange)
 
 
 def _attend(q: Tensor, held: Tensor, own: int, length: int, block_frames: int | None, backend: str | None) -> Partial:

@@ -15,7 +15,7 @@ from torch import Tensor
 from skyreels_fast.ops import attention
 
 from .layout import Layout, slices
-from .ring import ring_attention
+from .ring import RingBuffers, ring_attention
 from .world import Groups
 
 
@@ -34,6 +34,7 @@ class SequenceAttention:
         self._own = lengths[place]
         self._members = [lengths[i : i + layout.ulysses] for i in range(0, layout.sequence, layout.ulysses)]
         self._ring_place, self._ulysses_place = divmod(place, layout.ulysses)
+        self._buffers = RingBuffers()
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, block_tokens: int | None = None) -> Tensor:
         block_frames = None if block_tokens is None else block_tokens // self._tokens_per_frame
@@ -55,7 +56,8 @@ class SequenceAttention:
         if self._groups.ring is None:
             block_tokens = None if block_frames is None else block_frames * lengths[0]
             return attention(q, k, v, block_tokens=block_tokens, backend=self._backend)
-        return ring_attention(q, k, v, lengths, block_frames, group=self._groups.ring, backend=self._backend)
+        ring = {"group": self._groups.ring, "buffers": self._buffers, "backend": self._backend}
+        return ring_attention(q, k, v, lengths, block_frames, **ring)
 
 
 def to_heads(

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from skyreels_fast.dit import Embedded
 
+from .chain import Chain
 from .layout import Layout, slices
-from .rows import FrameRows
 from .sequence import SequenceAttention
 from .world import World, all_gather
 
@@ -22,7 +22,8 @@ Grid = tuple[int, int, int]
 class Team:
     """All processes in one layout, for frames of `tokens_per_frame` tokens.
 
-    attend: self-attention between this process's tokens and those of the others in its branch.
+    attend: self-attention between this process's tokens and those of the others in its branch. chain: all processes,
+    to share the VAE's layers; None for a single one.
     """
 
     def __init__(self, world: World, layout: Layout, tokens_per_frame: int, backend: str | None) -> None:
@@ -31,6 +32,7 @@ class Team:
         self._slices = slices(tokens_per_frame, layout.sequence)
         self.token_range = self._slices[self._place]
         self.sequence = layout.sequence
+        self.chain = Chain(world) if world.size > 1 else None
         groups = world.groups(layout)
         self.attend = SequenceAttention(layout, groups, self._place, tokens_per_frame, backend)
 
@@ -45,10 +47,6 @@ class Team:
     def least(self, value: int) -> int:
         """The smallest of all processes' values."""
         return self.world.least(value)
-
-    def rows(self, height: int) -> FrameRows | None:
-        """How latents of so many rows are shared out for decoding; None: they are too few, the leader has them all."""
-        return FrameRows(self.world, height) if height >= self.world.size > 1 else None
 
     def branches(self, count: int) -> list[int]:
         """Which of `count` guidance branches this process computes."""

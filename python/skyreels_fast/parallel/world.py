@@ -25,6 +25,9 @@ T = TypeVar("T")
 _STEP_TIMEOUT = timedelta(minutes=10)
 _LEADER_TIMEOUT = timedelta(days=7)
 
+# Multiprocessors that an exchange between neighbours holds, also while it waits for the other: all else computes.
+_LINK_CTAS = 4
+
 
 class LeaderError(RuntimeError):
     """Rank 0 has failed, and says itself why."""
@@ -64,6 +67,7 @@ class World:
         self.leads = self.rank == 0
         self._control = dist.new_group(backend="gloo", timeout=_LEADER_TIMEOUT)
         self._groups: tuple[Layout, Groups] | None = None
+        self._links = self._link()
 
     @classmethod
     def join(cls, device: torch.device) -> World:
@@ -111,6 +115,20 @@ class World:
         dist.all_reduce(number, dist.ReduceOp.MIN, group=self._control)
         return int(number)
 
+    def send(self, tensor: Tensor, rank: int) -> dist.Work:
+        """Begin to send a contiguous tensor, on the device, to the rank before or after this one.
+
+        Work queued after `wait` of what is returned may write to the tensor.
+        """
+        return _exchange(dist.isend, tensor, rank, self._links[rank])
+
+    def receive(self, buffer: Tensor, rank: int) -> dist.Work:
+        """Begin to receive what the rank before or after this one sends, of the shape and dtype of `buffer`.
+
+        Work queued after `wait` of what is returned may read it.
+        """
+        return _exchange(dist.irecv, buffer, rank, self._links[rank])
+
     def each(self, value: T) -> list[T]:
         """The values of all processes, by rank."""
         values: list[Any] = [None] * self.size
@@ -125,6 +143,20 @@ class World:
         """Leave, all together and in good order."""
         self.wait()
         dist.destroy_process_group()
+
+    def _link(self) -> dict[int, dist.ProcessGroup]:
+        """A group with each neighbour, by its rank: exchanges with one wait for none with the other.
+
+        NCCL takes a second to connect two processes, which is spent here.
+        """
+        pairs = [_pair(low, self.device) for low in range(self.size - 1)]
+        links = {}
+        for peer in (self.rank ^ 1, (self.rank + 1 ^ 1) - 1):  # pairs (0, 1), (2, 3), …, then (1, 2), (3, 4), …
+            if 0 <= peer < self.size:
+                links[peer] = pairs[min(self.rank, peer)]
+                token = torch.zeros(1, device=self.device)
+                _exchange(dist.isend if peer < self.rank else dist.irecv, token, peer, links[peer]).wait()
+        return links
 
     def _told(self, value: Any) -> Any:
         box = [value]
@@ -161,6 +193,21 @@ def _each(function: Callable[[Any], Any], value: Any) -> Any:
         return value
     parts = [function(part) for part in value]
     return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+
+
+def _pair(low: int, device: torch.device) -> dist.ProcessGroup:
+    """A group of the ranks `low` and `low + 1`, for exchanges beside computation. Every process must make it."""
+    options = None
+    if device.type == "cuda":
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        options.config.max_ctas = _LINK_CTAS
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    return dist.new_group([low, low + 1], timeout=_STEP_TIMEOUT, backend=backend, pg_options=options)
+
+
+def _exchange(begin: Callable[..., Any], tensor: Tensor, rank: int, group: dist.ProcessGroup) -> dist.Work:
+    """A single `dist.isend` or `dist.irecv`. As a batch NCCL does it in the group itself, and connects no new one."""
+    return dist.batch_isend_irecv([dist.P2POp(begin, tensor, rank, group)])[0]
 
 
 def _torch_groups(layout: Layout) -> Groups:

@@ -18,12 +18,14 @@ class Team(Protocol):
     """What the denoising loop asks of the processes that share its work.
 
     leads: whether this process is the one that reads and writes for all. sequence: among how many the tokens of a
-    branch are shared out. token_range: this process's tokens of each frame, None for all.
+    branch are shared out. token_range: this process's tokens of each frame, None for all. chain: how the processes
+    share the VAE's layers (`vae.Chain`), None for one that has them all.
     """
 
     leads: bool
     sequence: int
     token_range: tuple[int, int] | None
+    chain: Any
     attend: Callable[..., Tensor]
 
     def first(self, make: Callable[[], T]) -> T:
@@ -34,9 +36,6 @@ class Team(Protocol):
 
     def least(self, value: int) -> int:
         """The smallest of all processes' values."""
-
-    def rows(self, height: int) -> Any:
-        """How latents of so many rows are shared out for decoding; None: the leader has them all."""
 
     def branches(self, count: int) -> list[int]:
         """Which of `count` guidance branches this process computes."""
@@ -51,7 +50,7 @@ class Team(Protocol):
 class Alone:
     """A team of one, whose self-attention is `attend`."""
 
-    leads, sequence, token_range = True, 1, None
+    leads, sequence, token_range, chain = True, 1, None, None
 
     def __init__(self, attend: Callable[..., Tensor] | None = None) -> None:
         self.attend = attend
@@ -64,9 +63,6 @@ class Alone:
 
     def least(self, value: int) -> int:
         return value
-
-    def rows(self, height: int) -> None:
-        return None
 
     def branches(self, count: int) -> list[int]:
         return list(range(count))

@@ -7,55 +7,29 @@ piece. Architecture: Wan 2.1, arXiv:2503.20314, section 4.1.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from itertools import islice
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..config import LATENT_CHANNELS, LATENTS_MEAN, LATENTS_STD, VAE_STRIDE
 from . import tiles
+from .chain import Chain, stages_of
 from .layers import (
     CausalConv3d,
-    ChannelNorm,
-    Downsample,
     Frames,
+    Head,
     ResidualBlock,
-    Rows,
+    Shape,
     SpatialAttention,
-    Upsample,
     apply,
     flow,
     pointwise,
 )
+from .resampling import Downsample, Upsample
 
 WIDTHS = (1, 2, 4, 4)  # channels of each level, in base dims
 TIME_SCALED = (False, True, True)  # which of the three downsamplings also halve time
-
-
-class SharedRows(Rows, Protocol):
-    """As `Rows`, of a whole VAE."""
-
-    def own(self, latents: Tensor) -> Tensor:
-        """This process's rows of latents [B, 16, F, h, w] or of a frame [B, 3, H, W]."""
-
-    def collected(self, frames: Frames) -> Frames:
-        """Whole frames [B, 3, H, W] of every process's rows of them, none in a process that does not need them."""
-
-
-class Head(nn.ModuleList):
-    """Norm, SiLU and the convolution that ends an encoder or a decoder."""
-
-    def __init__(self, in_dim: int, out_dim: int) -> None:
-        super().__init__([ChannelNorm(in_dim), nn.SiLU(), CausalConv3d(in_dim, out_dim, 3)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return apply(self, x)
-
-    def flow(self, frames: Frames, rows: Rows | None = None) -> Frames:
-        norm, _, conv = self
-        return conv.flow(map(partial(norm.frame, silu=True), frames), rows)
 
 
 class Encoder(nn.Module):
@@ -161,54 +135,62 @@ class VAE(nn.Module):
         """
         return self.encode_stream([video])
 
-    def encode_stream(self, chunks: Iterable[Tensor], shared: SharedRows | None = None) -> Tensor:
+    def encode_stream(self, chunks: Iterable[Tensor], shared: Chain | None = None) -> Tensor:
         """As `encode`, of a video that comes in pieces [B, 3, t, H, W] of any length t.
 
-        shared: several processes encode together, all of them called with the same video; all get the latents.
+        shared: several processes encode together, all of them called with the same video, of which each holds all
+            pieces; all get the latents.
         """
-        mean, std = self._statistics()
-        moments = _repeatable(flow(self.encoder.stages, self._frames_of(chunks, shared), shared))
+        if shared is None:
+            moments = flow(self.encoder.stages, self._frames_of(chunks))
+        else:
+            chunks = list(chunks)
+            stages = stages_of(self.encoder.stages, _shape_of(chunks))
+            moments = shared.flow(stages, self._frames_of(chunks), self._dtype)
+        moments = _repeatable(moments)
         means = [pointwise(self.conv1, frame.to(self._dtype))[..., :LATENT_CHANNELS].float() for frame in moments]
-        if shared is not None:
-            means = [shared.whole(frame) for frame in means]
-        return (torch.stack(means, dim=1).permute(0, 4, 1, 2, 3).contiguous() - mean) / std
+        return self._normalised(means) if shared is None else shared.first(lambda: self._normalised(means))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents [B, 16, F, h, w] → video [B, 3, 4F−3, 8h, 8w] in [−1, 1], float32."""
         return torch.cat(list(self.decode_stream(latents)), dim=2)
 
     def decode_stream(
-        self, latents: Tensor, budget_bytes: int | None = None, shared: SharedRows | None = None
+        self, latents: Tensor, budget_bytes: int | None = None, shared: Chain | None = None
     ) -> Iterator[Tensor]:
         """As `decode`, latent frame by latent frame: first 1, then 4 frames [B, 3, 1 or 4, 8h, 8w] at a time.
 
         Args:
             budget_bytes: memory that the decoder may take beside its weights (see `tiles.decode_bytes`). Where the
                 frames do not fit they are decoded in overlapping tiles, one after the other, and blended: nothing comes
-                before the last tile, and the video is held on the host. None, or with `shared`: always whole.
-            shared: several processes decode together, all of them called with the same latents; the frames come out in
-                those that `shared` collects them in.
+                before the last tile, and the video is held on the host. None: always whole.
+            shared: several processes decode together, all of them called with the same latents and budget; the frames
+                come out in the leader, and the others' iterators end without any once their part is done. Tiles are
+                the leader's alone.
 
         Raises:
             ValueError: not even the smallest tile fits into the budget.
         """
-        if shared is not None:
-            return self._decode_whole(shared.own(latents), shared)
         if budget_bytes is None or tiles.decode_bytes(self, latents.shape) <= budget_bytes:
-            return self._decode_whole(latents)
+            return self._decode_whole(latents, shared)
+        if shared is not None and not shared.leads:
+            return iter(())
         return tiles.decode(self, self._decode_whole, latents, budget_bytes)
 
-    def _decode_whole(self, latents: Tensor, shared: SharedRows | None = None) -> Iterator[Tensor]:
+    def _decode_whole(self, latents: Tensor, shared: Chain | None = None) -> Iterator[Tensor]:
         mean, std = self._statistics()
 
         def enter(latent: Tensor) -> Tensor:
             z = latent.to(mean.device).float() * std[:, :, 0] + mean[:, :, 0]
             return pointwise(self.conv2, z.permute(0, 2, 3, 1).to(self._dtype).contiguous())
 
-        frames = flow(self.decoder.stages, map(enter, latents.unbind(2)), shared)
+        frames = map(enter, latents.unbind(2))
+        if shared is None:
+            frames = flow(self.decoder.stages, frames)
+        else:
+            shape = tuple(latents.permute(2, 0, 3, 4, 1).shape)
+            frames = shared.flow(stages_of(self.decoder.stages, shape), frames, self._dtype)
         frames = _repeatable(frame.permute(0, 3, 1, 2).float().clamp(-1, 1) for frame in frames)
-        if shared is not None:
-            frames = shared.collected(frames)
         count = 1
         # Nothing is held by a name while the next frames are made.
         while (chunk := _stacked(islice(frames, count))) is not None:
@@ -216,13 +198,16 @@ class VAE(nn.Module):
             del chunk
             count = VAE_STRIDE[0]
 
-    def _frames_of(self, chunks: Iterable[Tensor], shared: SharedRows | None) -> Frames:
+    def _normalised(self, means: list[Tensor]) -> Tensor:
+        """Means of the posterior, frames [B, h, w, 16], as latents [B, 16, F, h, w]."""
+        mean, std = self._statistics()
+        return (torch.stack(means, dim=1).permute(0, 4, 1, 2, 3).contiguous() - mean) / std
+
+    def _frames_of(self, chunks: Iterable[Tensor]) -> Frames:
         """A video in pieces [B, 3, t, H, W] as frames [B, H, W, 3] in the VAE's dtype, on its device."""
         device = self.conv2.weight.device
         for chunk in chunks:
-            if chunk.shape[-2] % VAE_STRIDE[1] or chunk.shape[-1] % VAE_STRIDE[2]:
-                raise ValueError(f"the VAE takes heights and widths divisible by 8, got {tuple(chunk.shape[-2:])}")
-            chunk = chunk if shared is None else shared.own(chunk)
+            _check_size(chunk)
             # A copy has the strides of its shape in each dimension, those of one element too, by which convolutions
             # choose their algorithm: frames that are alike have the same bits, wherever they come from.
             channels_last = (frame.to(device, self._dtype).permute(0, 2, 3, 1) for frame in chunk.unbind(2))
@@ -240,6 +225,20 @@ class VAE(nn.Module):
 
 def _middle(dim: int) -> nn.ModuleList:
     return nn.ModuleList([ResidualBlock(dim, dim), SpatialAttention(dim), ResidualBlock(dim, dim)])
+
+
+def _shape_of(chunks: Sequence[Tensor]) -> Shape:
+    """[T, B, H, W, 3] of a video in pieces [B, 3, t, H, W]. Raises ValueError as `_check_size` does."""
+    for chunk in chunks:
+        _check_size(chunk)
+    batch, channels, _, height, width = chunks[0].shape
+    return sum(chunk.shape[2] for chunk in chunks), batch, height, width, channels
+
+
+def _check_size(chunk: Tensor) -> None:
+    """Raises ValueError for a height or width of [..., H, W] that is not divisible by 8."""
+    if chunk.shape[-2] % VAE_STRIDE[1] or chunk.shape[-1] % VAE_STRIDE[2]:
+        raise ValueError(f"the VAE takes heights and widths divisible by 8, got {tuple(chunk.shape[-2:])}")
 
 
 def _stacked(frames: Frames) -> Tensor | None:

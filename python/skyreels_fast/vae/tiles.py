@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..config import LATENT_CHANNELS, VAE_STRIDE
-from .layers import CausalConv3d, Upsample
+from .layers import CausalConv3d
+from .resampling import Upsample
 
 if TYPE_CHECKING:
     from .model import VAE
