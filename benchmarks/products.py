@@ -1,9 +1,10 @@
 """What a block's matrix products cost, and what other ways to take them would: `python -m benchmarks.products`.
 
 Each product of a DiT block at 540P and 97 frames, in the widths of 1.3B and 14B, as the forward takes it and otherwise:
-q, k and v in one product or three, GELU in the epilogue or after it, the feed-forward whole or in token chunks. They
-run for `--seconds` without a pause, for a GPU at its power limit lowers its clock: the row says what clock and power
-were left at the end.
+q, k and v in one product or three, GELU in the epilogue or after it, the feed-forward whole or in token chunks,
+attention to a prompt of 100 tokens (with its query's and its output's product) by its weights or as attention. They run
+for `--seconds` without a pause, for a GPU at its power limit lowers its clock: the row says what clock and power were
+left at the end.
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ from torch.nn import functional
 
 from benchmarks import harness
 from benchmarks.models import GRID, config
-from skyreels_fast.ops import linear_gelu
+from skyreels_fast.config import TransformerConfig
+from skyreels_fast.dit.block import CrossAttention
+from skyreels_fast.dit.context import counted_padding, log_counts
+from skyreels_fast.ops import attention, linear_gelu, qk_norm
 
 TOKENS = math.prod(GRID)
 WIDTHS = {model: (config(model, "sync").dim, config(model, "sync").ffn_dim) for model in ("1.3B", "14B")}
 CHUNKS = (2, 3, 6)
+HEAD_CHANNELS, TEXT_TOKENS = 128, 100
 
 
 class Form(NamedTuple):
@@ -52,7 +57,31 @@ def forms_of(tokens: int, dim: int, hidden: int, device: torch.device, dtype: to
     yield Form("q, k, v", "three products", lambda: [functional.linear(x, *part) for part in parts], 3 * flops, True)
     yield Form("q, k, v", "one product", lambda: functional.linear(x, weight, bias), 3 * flops)
     yield Form("square", "linear", lambda: functional.linear(x, *parts[0]), flops, True)
+    yield from _attention_to_text(x[None], device, dtype)
     yield from _feed_forward(x, hidden, device, dtype)
+
+
+def _attention_to_text(x: Tensor, device: torch.device, dtype: torch.dtype) -> Iterator[Form]:
+    dim, padding = x.shape[-1], 512 - TEXT_TOKENS
+    heads = max(1, dim // HEAD_CHANNELS)
+    kept = counted_padding(TEXT_TOKENS, padding, most=HEAD_CHANNELS)
+    attn = CrossAttention(TransformerConfig("t2v", 16, dim, dim, heads, 1)).to(device, dtype)
+    text = torch.randn(1, TEXT_TOKENS + padding, dim, device=device).to(dtype)
+    text[:, TEXT_TOKENS:] = text[:, -1:]
+    logs = log_counts(TEXT_TOKENS, kept, padding, device)
+    few = attn.keys_values(text[:, : TEXT_TOKENS + kept], None, logs)
+    all_keys = attn.keys_values(text)
+
+    def masked() -> Tensor:
+        q = qk_norm(attn.q(x).unflatten(-1, (heads, -1)), attn.norm_q.weight, eps=attn.eps)
+        mask = logs.to(dtype).expand(1, 1, len(x[0]), -1)
+        heads_first = (tensor.transpose(1, 2) for tensor in (q, *few[0][:2]))
+        return attn.o(functional.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2).flatten(2))
+
+    flops = 2 * len(x[0]) * dim * (2 * dim + 2 * (TEXT_TOKENS + kept))
+    yield Form("text", "weights of few keys", lambda: attn(x, few, attention), flops, True)
+    yield Form("text", "few keys, torch's mask", masked, flops)
+    yield Form("text", "all 512 keys", lambda: attn(x, all_keys, attention), flops)
 
 
 def _feed_forward(x: Tensor, hidden: int, device: torch.device, dtype: torch.dtype) -> Iterator[Form]:

@@ -5,6 +5,7 @@ Of each thing measured the latest row counts. "times ours" is taken within one r
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -239,12 +240,18 @@ def hostmemory_table(rows: list[Row]) -> str:
     return _table(latest, texts, {"peak host memory, MiB": _column("peak_host_mib", 0)})
 
 
-def tried_table(rows: list[Row]) -> str:
-    """What was tried, and what the forward does instead."""
-    latest = _latest((row for row in rows if row["bench"] == "tried"), ("what", "heads", "by"))
-    latest.sort(key=lambda row: (row["what"], row["heads"], row["us_median"]))
-    texts: Columns = {"what": lambda row: row["what"], "by": lambda row: row["by"]}
-    return _table(latest, texts, {"heads": _column("heads", 0), "µs": _column("us_median", 0)})
+def products_table(rows: list[Row]) -> str:
+    """The ways to take a block's products, the forward's in bold."""
+    latest = _latest((row for row in rows if row["bench"] == "products"), ("model", "op", "impl", "gpu"))
+    ways = Counter((row["model"], row["op"]) for row in latest)
+    shown = [row for row in latest if ways[row["model"], row["op"]] > 1]
+    shown.sort(key=lambda row: (row["model"] != "1.3B", row["op"], row["ms_median"]))
+    texts: Columns = {
+        "model": lambda row: row["model"],
+        "product": lambda row: row["op"],
+        "taken as": lambda row: f"**{row['impl']}**" if row["chosen"] else row["impl"],
+    }
+    return _table(shown, texts, {"ms": _column("ms_median", 2), "MHz": _column("sm_mhz", 0)})
 
 
 def power_table(rows: list[Row]) -> str:
@@ -266,6 +273,6 @@ TABLES = {
     "loading": loading_table,
     "fidelity": fidelity_table,
     "hostmemory": hostmemory_table,
-    "tried": tried_table,
+    "products": products_table,
     "power": power_table,
 }

@@ -217,7 +217,8 @@ def test_every_way_to_take_a_product_gives_a_row(monkeypatch: pytest.MonkeyPatch
     assert products.main(words) == 0
     rows = harness.read(file)
     assert {(row["op"], row["impl"]) for row in rows if row["chosen"]} == {
-        ("q, k, v", "three products"), ("square", "linear"), ("feed-forward", "3 chunks")
+        ("q, k, v", "three products"), ("square", "linear"), ("feed-forward", "3 chunks"),
+        ("text", "weights of few keys"),
     }  # fmt: skip
     assert len(capsys.readouterr().out.splitlines()) == len(rows) + 1
     assert all(row.keys() >= COMMON and row["tflops"] > 0 for row in rows)
@@ -230,7 +231,8 @@ def test_the_ways_to_take_a_product_agree() -> None:
         out = form.run()
         if isinstance(out, (list, torch.Tensor)):
             outs.setdefault(form.op, []).append(torch.cat(out, 1) if isinstance(out, list) else out)
-    assert {op: len(found) for op, found in outs.items()}["q, k, v"] == 2
+    counts = {op: len(found) for op, found in outs.items()}
+    assert counts["q, k, v"] == 2 and counts["text"] == 3
     for found in outs.values():
         for other in found[1:]:
             torch.testing.assert_close(other, found[0])
