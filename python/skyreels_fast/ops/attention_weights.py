@@ -96,7 +96,7 @@ def _attention_weights_kernel(
             by *= tl.load(rms + batch * tokens + row, is_row, other=0.0)
         scores = tl.dot(rows, head_keys) * by[:, None] + bias[None, :]
         weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
-        weights = weights / tl.sum(weights, 1)[:, None]
+        weights *= (1.0 / tl.sum(weights, 1))[:, None]
         tl.store(out + at * heads * keys + key[None, :], weights.to(out.dtype.element_ty), is_row[:, None] & is_key)
 
 
@@ -120,7 +120,7 @@ def _attention_weights(
             k = (k * norm_weight.view(heads, channels)).to(q.dtype)
             rms = torch.empty(batch, tokens, dtype=torch.float32, device=q.device)
             _attention_weights_rms_kernel[(tokens, batch)](
-                rms, q, q.stride(0), q.stride(1), tokens, width, eps, BLOCK=triton.next_power_of_2(width), num_warps=8
+                rms, q, q.stride(0), q.stride(1), tokens, width, eps, BLOCK=triton.next_power_of_2(width), num_warps=4
             )
         k = k if k.stride(3) == 1 else k.contiguous()
         _attention_weights_kernel[(triton.cdiv(tokens, rows * tiles), heads, batch)](

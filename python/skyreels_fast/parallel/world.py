@@ -76,6 +76,8 @@ class World:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if not dist.is_initialized():
+            # Else attention, which fills the device, may let no exchange beside it begin before its end.
+            os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=_STEP_TIMEOUT)
         return cls(device)
