@@ -258,7 +258,7 @@ def power_table(rows: list[Row]) -> str:
     """The clock that a GPU at its power limit keeps."""
     latest = _latest((row for row in rows if row["bench"] == "power"), ("what", "gpu"))
     texts: Columns = {"what": lambda row: row["what"]}
-    numbers: Columns = {"count": _column("samples", 0), "W": _column("watts", 0), "MHz": _column("sm_mhz", 0)}
+    numbers: Columns = {"samples": _column("samples", 0), "W": _column("watts", 0), "MHz": _column("sm_mhz", 0)}
     numbers |= {"p20 to p80": lambda row: f"{row['sm_mhz_p20']:,} to {row['sm_mhz_p80']:,}"}
     return _table(latest, texts, numbers | {"at most": _column("most_mhz", 0)})
 
