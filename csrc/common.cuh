@@ -1,4 +1,4 @@
-// What every kernel family shares: element types, the persistent grid, error reports.
+// What every kernel family shares: element types, the grid, error reports.
 // Device pointers come in as integers and errors leave as exceptions, so that nothing here knows torch:
 // std::invalid_argument (ValueError in Python) for a wrong argument, std::runtime_error for a CUDA error.
 #pragma once
@@ -7,7 +7,6 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
@@ -18,10 +17,7 @@
 
 namespace skyreels_fast {
 
-constexpr int kThreads = 256;
 constexpr int kPackBytes = 16;
-// Loads a thread issues from each input before it uses the first: enough to cover the latency of device memory.
-constexpr int kInFlight = 4;
 
 inline void check_cuda(cudaError_t status, const char* where) {
   if (status == cudaSuccess) return;
@@ -47,24 +43,6 @@ template <typename T>
 void check_address(Address address, const char* name, const char* where) {
   require(address != 0, std::string(where) + ": " + name + " is null");
   require(address % alignof(T) == 0, std::string(where) + ": " + name + " is not aligned to its element");
-}
-
-// As many blocks of `threads` as the device runs at once.
-template <typename Kernel>
-std::int64_t resident_blocks(Kernel kernel, int threads, const char* where) {
-  int device = 0, processors = 0, blocks_each = 0;
-  check_cuda(cudaGetDevice(&device), where);
-  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), where);
-  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_each, kernel, threads, 0), where);
-  return std::int64_t{processors} * blocks_each;
-}
-
-// The resident blocks of kThreads, fewer when `packs` do not fill them.
-template <typename Kernel>
-int persistent_grid(Kernel kernel, std::int64_t packs, const char* where) {
-  constexpr std::int64_t per_block = std::int64_t{kThreads} * kInFlight;
-  const std::int64_t needed = (packs + per_block - 1) / per_block;
-  return static_cast<int>(std::clamp<std::int64_t>(needed, 1, resident_blocks(kernel, kThreads, where)));
 }
 
 }  // namespace skyreels_fast

@@ -25,8 +25,7 @@ __device__ inline __half2 rounded(float2 pair, __half) { return __float22half2_r
 template <typename T, int kWidth>
 struct Elements {
   static constexpr int kBytes = static_cast<int>(sizeof(T)) * kWidth;
-  static constexpr int kCount = kWidth, kPairs = kWidth / 2;
-  static constexpr bool kWide = kWidth > 2;
+    static constexpr bool kWide = kWidth > 2;
   using Word = std::conditional_t<kWide, std::conditional_t<kBytes % kPackBytes == 0, uint4, uint2>, T>;
   static constexpr int kWords = kBytes / static_cast<int>(sizeof(Word));
   static_assert(kWidth <= 2 || kBytes % sizeof(Word) == 0);
@@ -70,29 +69,6 @@ struct Elements {
       const auto both = rounded(pair, T{});
       memcpy(word + i, &both, sizeof(both));
     }
-  }
-
-  __device__ void get(float (&values)[kWidth]) const {
-    if constexpr (kWidth == 1) {
-      T value;
-      memcpy(&value, word, sizeof(value));
-      values[0] = static_cast<float>(value);
-    }
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      const float2 both = pair(i);
-      values[2 * i] = both.x;
-      values[2 * i + 1] = both.y;
-    }
-  }
-
-  __device__ void set(const float (&values)[kWidth]) {
-    if constexpr (kWidth == 1) {
-      const T value(values[0]);
-      memcpy(word, &value, sizeof(value));
-    }
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) set_pair(i, {values[2 * i], values[2 * i + 1]});
   }
 
   // Changes nothing, which the compiler cannot know, so that it unpacks anew what it would else keep as floats from

@@ -9,7 +9,6 @@
 
 #include "dtype.h"
 #include "qk_norm_rope3d.h"
-#include "residual_reuse.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -39,12 +38,4 @@ PYBIND11_MODULE(_C, module) {
   module.def("qk_norm_rope3d", &sf::qk_norm_rope3d, "qk_norm of q and k, then rotary positions", "q_out"_a, "k_out"_a,
              "q"_a, "k"_a, "q_weight"_a, "k_weight"_a, "table"_a, "shape"_a, "q_strides"_a, "k_strides"_a, "grid"_a,
              "token_range"_a, "eps"_a, "dtype"_a, "weight_dtype"_a, "stream"_a);
-
-  module.def("residual_add", &sf::residual_add, "out = x + residual", "out"_a, "x"_a, "residual"_a, "count"_a,
-             "dtype"_a, "stream"_a);
-  module.def("residual_save", &sf::residual_save, "out = after - before", "out"_a, "after"_a, "before"_a, "count"_a,
-             "dtype"_a, "stream"_a);
-  module.def("relative_l1", &sf::relative_l1, "out[0] = sum |next - old| / sum |old|", "out"_a, "workspace"_a,
-             "next"_a, "old"_a, "count"_a, "dtype"_a, "stream"_a);
-  module.attr("RELATIVE_L1_WORKSPACE_BYTES") = sf::kRelativeL1WorkspaceBytes;
 }

@@ -92,21 +92,27 @@ def test_needs_no_cuda_library(extension):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ("_C.residual_add(16, 16, 16, 4, 9, 0)", "residual_add: dtype code 9"),
-        ("_C.residual_add(16, 16, 16, -1, 0, 0)", "count -1"),
-        ("_C.residual_save(16, 16, 18, 4, _C.FLOAT32, 0)", "residual_save: the second input is not aligned"),
-        ("_C.relative_l1(16, 16, 0, 16, 4, _C.BFLOAT16, 0)", "relative_l1: next is null"),
-        ("_C.relative_l1(16, 16, 16, 16, 0, _C.FLOAT16, 0)", "count 0"),
+        ("qk_norm(16, 16, 16, (1, 4, 2, 8), STRIDES, 1e-6, 9, 0, 0)", "qk_norm: dtype code 9"),
+        ("qk_norm(16, 16, 16, (1, 0, 2, 8), STRIDES, 1e-6, 0, 0, 0)", "no tokens"),
+        ("qk_norm(16, 16, 16, (1, 4, 2, 7), STRIDES, 1e-6, 0, 0, 0)", "heads of 7 channels are not even"),
+        ("qk_norm(16, 18, 16, (1, 4, 2, 8), STRIDES, 1e-6, 0, 0, 0)", "qk_norm: x is not aligned"),
+        ("qk_norm(0, 16, 16, (1, 4, 2, 8), STRIDES, 1e-6, 2, 2, 0)", "qk_norm: x_out is null"),
+        ("qk_norm(16, 16, 16, (1, 4, 2, 8), STRIDES, 1e-6, 1, 2, 0)", "weights are neither float32 nor"),
+        (
+            "qk_norm_rope3d(*[16] * 7, (1, 4, 2, 8), STRIDES, STRIDES, (1, 2, 3), (0, 6), 1e-6, 0, 0, 0)",
+            "the tokens are not those of the grid",
+        ),
     ],
 )
 def test_entries_check_their_arguments(extension, call, message):
-    code = f"try:\n    {call}\nexcept ValueError as error:\n    print(error)"
+    code = f"STRIDES = (64, 16, 8)\ntry:\n    _C.{call}\nexcept ValueError as error:\n    print(error)"
     assert message in in_extension(extension, code)
 
 
 def test_errors_of_cuda_are_exceptions(extension):
-    code = "try:\n    _C.residual_add(16, 16, 16, 4, _C.FLOAT32, 0)\nexcept RuntimeError as error:\n    print(error)"
-    assert "residual_add: cudaError" in in_extension(extension, code)
+    call = "_C.qk_norm(16, 16, 16, (1, 4, 2, 8), (64, 16, 8), 1e-6, _C.FLOAT32, _C.FLOAT32, 0)"
+    code = f"try:\n    {call}\nexcept RuntimeError as error:\n    print(error)"
+    assert "qk_norm: cudaError" in in_extension(extension, code)
 
 
 def test_left_out_on_request(tmp_path):

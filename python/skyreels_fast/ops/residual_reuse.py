@@ -16,8 +16,9 @@ import math
 import torch
 from torch import Tensor
 
-from skyreels_fast.ops._dispatch import choose, current_stream, extension, jit, tl, triton
+from skyreels_fast.ops._dispatch import choose, jit, tl, triton
 
+BACKENDS = ("triton", "ref")
 _BLOCK = 2048  # elements a Triton program takes at a time
 _MAX_PARTIALS = 1024  # the last program of relative_l1 adds up to so many partial sums
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -97,7 +98,7 @@ def _check(name: str, backend: str | None, **tensors: Tensor) -> str:
         raise ValueError(f"{name}: {a_name} ({a.dtype}) and {b_name} ({b.dtype}) must have one floating dtype")
     if a.device != b.device:
         raise ValueError(f"{name}: {a_name} ({a.device}) and {b_name} ({b.device}) must be on one device")
-    backend = choose(name, backend, a.device.type)
+    backend = choose(name, backend, a.device.type, BACKENDS)
     if backend != "ref" and a.dtype not in _KERNEL_DTYPES:
         raise ValueError(f"{name}: backend {backend!r} takes float32, float16 and bfloat16, not {a.dtype}; use 'ref'")
     return backend
@@ -107,67 +108,45 @@ def _math_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _dtype_code(x: Tensor) -> int:
-    codes = {torch.float32: "FLOAT32", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
-    return getattr(extension, codes[x.dtype])
-
-
-def _elementwise(name: str, sign: int, a: Tensor, b: Tensor, backend: str) -> Tensor:
+def _elementwise(sign: int, a: Tensor, b: Tensor) -> Tensor:
     a, b = a.contiguous(), b.contiguous()
     out = torch.empty(a.shape, dtype=a.dtype, device=a.device)
-    if out.numel() == 0:
-        return out
-    with torch.cuda.device_of(out):
-        if backend == "cuda":
-            kernel = getattr(extension, name)
-            kernel(out.data_ptr(), a.data_ptr(), b.data_ptr(), a.numel(), _dtype_code(a), current_stream(a))
-        else:
+    if out.numel() > 0:
+        with torch.cuda.device_of(out):
             _add_kernel[(triton.cdiv(a.numel(), _BLOCK),)](out, a, b, a.numel(), SIGN=sign, BLOCK=_BLOCK)
     return out
 
 
-@torch.library.custom_op(
-    "skyreels_fast::residual_add", mutates_args=(), schema="(Tensor x, Tensor residual, str backend) -> Tensor"
-)
-def _residual_add(x: Tensor, residual: Tensor, backend: str) -> Tensor:
-    return _elementwise("residual_add", 1, x, residual, backend)
+@torch.library.custom_op("skyreels_fast::residual_add", mutates_args=())
+def _residual_add(x: Tensor, residual: Tensor) -> Tensor:
+    return _elementwise(1, x, residual)
 
 
-@torch.library.custom_op(
-    "skyreels_fast::residual_save", mutates_args=(), schema="(Tensor after, Tensor before, str backend) -> Tensor"
-)
-def _residual_save(after: Tensor, before: Tensor, backend: str) -> Tensor:
-    return _elementwise("residual_save", -1, after, before, backend)
+@torch.library.custom_op("skyreels_fast::residual_save", mutates_args=())
+def _residual_save(after: Tensor, before: Tensor) -> Tensor:
+    return _elementwise(-1, after, before)
 
 
-@torch.library.custom_op(
-    "skyreels_fast::relative_l1", mutates_args=(), schema="(Tensor new, Tensor old, str backend) -> Tensor"
-)
-def _relative_l1(new: Tensor, old: Tensor, backend: str) -> Tensor:
+@torch.library.custom_op("skyreels_fast::relative_l1", mutates_args=())
+def _relative_l1(new: Tensor, old: Tensor) -> Tensor:
     new, old = new.contiguous(), old.contiguous()
-    count = new.numel()
     out = torch.empty((), dtype=torch.float32, device=new.device)
+    programs = min(triton.cdiv(new.numel(), _BLOCK), _MAX_PARTIALS)
+    partials = torch.empty((programs, 2), dtype=torch.float32, device=new.device)
     with torch.cuda.device_of(out):
-        if backend == "cuda":
-            space = torch.empty(extension.RELATIVE_L1_WORKSPACE_BYTES, dtype=torch.uint8, device=new.device)
-            pointers = (tensor.data_ptr() for tensor in (out, space, new, old))
-            extension.relative_l1(*pointers, count, _dtype_code(new), current_stream(new))
-        else:
-            programs = min(triton.cdiv(count, _BLOCK), _MAX_PARTIALS)
-            partials = torch.empty((programs, 2), dtype=torch.float32, device=new.device)
-            _partial_sums_kernel[(programs,)](partials, new, old, count, BLOCK=_BLOCK)
-            _ratio_kernel[(1,)](out, partials, programs, BLOCK=_MAX_PARTIALS)
+        _partial_sums_kernel[(programs,)](partials, new, old, new.numel(), BLOCK=_BLOCK)
+        _ratio_kernel[(1,)](out, partials, programs, BLOCK=_MAX_PARTIALS)
     return out
 
 
 @_residual_add.register_fake
 @_residual_save.register_fake
-def _(a: Tensor, b: Tensor, backend: str) -> Tensor:
+def _(a: Tensor, b: Tensor) -> Tensor:
     return torch.empty(a.shape, dtype=a.dtype, device=a.device)
 
 
 @_relative_l1.register_fake
-def _(new: Tensor, old: Tensor, backend: str) -> Tensor:
+def _(new: Tensor, old: Tensor) -> Tensor:
     return torch.empty((), dtype=torch.float32, device=new.device)
 
 
@@ -179,7 +158,7 @@ def residual_add(x: Tensor, residual: Tensor, *, backend: str | None = None) -> 
     backend = _check("residual_add", backend, x=x, residual=residual)
     if backend == "ref":
         return residual_add_ref(x, residual, math_dtype=_math_dtype(x))
-    return _residual_add(x, residual, backend)
+    return _residual_add(x, residual)
 
 
 def residual_save(after: Tensor, before: Tensor, *, backend: str | None = None) -> Tensor:
@@ -187,7 +166,7 @@ def residual_save(after: Tensor, before: Tensor, *, backend: str | None = None) 
     backend = _check("residual_save", backend, after=after, before=before)
     if backend == "ref":
         return residual_save_ref(after, before, math_dtype=_math_dtype(after))
-    return _residual_save(after, before, backend)
+    return _residual_save(after, before)
 
 
 def relative_l1(new: Tensor, old: Tensor, *, backend: str | None = None) -> Tensor:
@@ -201,4 +180,4 @@ def relative_l1(new: Tensor, old: Tensor, *, backend: str | None = None) -> Tens
         raise ValueError(f"relative_l1: new {list(new.shape)} is empty")
     if backend == "ref":
         return relative_l1_ref(new, old, math_dtype=_math_dtype(new)).float()
-    return _relative_l1(new, old, backend)
+    return _relative_l1(new, old)
