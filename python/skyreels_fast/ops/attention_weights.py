@@ -7,7 +7,7 @@ norm_weight [N * Dh], q is first x / sqrt(mean(x^2) + eps) * norm_weight over th
 
 Where n <= Dh the weights are no larger than what they would sum up, and attention followed by an output projection W is
 one product of w with v W^T, n / Dh of the projection's work. The softmax is float32 (float64 for float64), rounded
-once. The kernel takes float16 and bfloat16, Dh and n up to 256, in one pass over q and one more for the norm; it
+once. The kernel takes float16 and bfloat16, Dh and n up to 128, in one pass over q and one more for the norm; it
 multiplies norm_weight into k, rounded to its dtype. Not differentiable, except on the backend "ref".
 """
 
@@ -24,7 +24,10 @@ from skyreels_fast.ops.qk_norm_rope3d import qk_norm_ref
 BACKENDS = ("triton", "ref")
 _NAME = "attention_weights"
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16)
-_MAX_CHANNELS, _MAX_KEYS = 256, 256
+_MAX_CHANNELS, _MAX_KEYS = 128, 128
+# Queries in a tile of a program, its tiles, its warps, and tiles on their way: the fastest on an H200, whose registers
+# hold the scores of 64 queries and 128 keys. It takes 49 KiB of shared memory, which every GPU with bfloat16 has.
+_ROWS, _TILES, _WARPS, _STAGES = 64, 16, 4, 3
 
 
 def attention_weights_ref(
@@ -109,7 +112,6 @@ def _attention_weights(
     out = torch.empty(batch, tokens, heads, keys, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    rows, tiles, warps, stages = _tuning(keys)
     unit = math.gcd(keys, 16)
     with torch.cuda.device_of(q):
         rms = None
@@ -123,11 +125,12 @@ def _attention_weights(
                 rms, q, q.stride(0), q.stride(1), tokens, width, eps, BLOCK=triton.next_power_of_2(width), num_warps=4
             )
         k = k if k.stride(3) == 1 else k.contiguous()
-        _attention_weights_kernel[(triton.cdiv(tokens, rows * tiles), heads, batch)](
+        _attention_weights_kernel[(triton.cdiv(tokens, _ROWS * _TILES), heads, batch)](
             out, q, k, None if log_counts is None else log_counts.contiguous(), rms, channels**-0.5,
             tokens, keys // unit, heads, channels, *q.stride()[:3], *k.stride()[:3],
-            TILES=tiles, ROWS=rows, KEYS=max(16, triton.next_power_of_2(keys)), UNIT=unit,
-            CHANNELS=max(16, triton.next_power_of_2(channels)), STAGES=stages, num_warps=warps, num_stages=stages,
+            TILES=_TILES, ROWS=_ROWS, KEYS=max(16, triton.next_power_of_2(keys)), UNIT=unit,
+            CHANNELS=max(16, triton.next_power_of_2(channels)), STAGES=_STAGES, num_warps=_WARPS,
+            num_stages=_STAGES,
         )  # fmt: skip
     return out
 
@@ -135,12 +138,6 @@ def _attention_weights(
 @_attention_weights.register_fake
 def _(q: Tensor, k: Tensor, log_counts: Tensor | None, norm_weight: Tensor | None, eps: float) -> Tensor:
     return torch.empty(*q.shape[:3], k.shape[1], dtype=q.dtype, device=q.device)
-
-
-def _tuning(keys: int) -> tuple[int, int, int, int]:
-    """Rows, tiles of rows, warps and stages of a program: the fastest on an H200, whose registers hold 64 rows' scores
-    of 128 keys."""
-    return (64, 16, 4, 3) if keys <= 128 else (64, 4, 8, 2)
 
 
 def _check(q: Tensor, k: Tensor, log_counts: Tensor | None, norm_weight: Tensor | None) -> None:
