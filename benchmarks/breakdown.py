@@ -75,7 +75,7 @@ def floors_ms(config: TransformerConfig, grid: tuple[int, int, int], copy_gbps: 
         ),
     )
     moved = {NORMS: sum(cost[0] for cost in norms), ROPE: qk_norm_rope3d_cost(heads)[0]}
-    moved[CONTEXT] = attention_weights_cost(heads, CONTEXT_KEYS)[0]
+    moved[CONTEXT] = attention_weights_cost(heads, CONTEXT_KEYS, norm=True)[0]
     result: dict[str, float | None] = {part: config.num_layers * moved[part] / copy_gbps / 1e6 for part in moved}
     result[SELF] = config.num_layers * 4 * config.dim * tokens**2 / floor.ATTENTION_TFLOPS / 1e9
     products = floor.products_ms(config, tokens, context_keys=CONTEXT_KEYS)

@@ -185,7 +185,7 @@ def attention_weights(grid: Grid, dim: int, head_dim: int, dtype: torch.dtype, d
     def parts() -> Iterator[Part]:
         yield {**args, "q": args["q"][:, rows]}, lambda output: output[:, rows]
 
-    cost = room.attention_weights_cost(shape, CONTEXT_KEYS, itemsize=dtype.itemsize)
+    cost = room.attention_weights_cost(shape, CONTEXT_KEYS, norm=True, itemsize=dtype.itemsize)
     yield _case(room, "attention_weights", args, cost, grid, parts=parts)
 
 

@@ -80,11 +80,11 @@ def test_gradients_flow() -> None:
 
 def test_cost_counts_what_is_read_and_written() -> None:
     channels, keys = 2 * 8, 5
-    assert attention_weights_cost((1, 10, 2, 8), keys, norm=False) == (
+    assert attention_weights_cost((1, 10, 2, 8), keys) == (
         (10 * channels + keys * channels + 10 * 2 * keys) * 2, 10 * 2 * 2 * keys * 8
     )  # fmt: skip
-    with_norm, _ = attention_weights_cost((1, 10, 2, 8), keys)
-    assert with_norm - attention_weights_cost((1, 10, 2, 8), keys, norm=False)[0] == 10 * channels * 2
+    with_norm, _ = attention_weights_cost((1, 10, 2, 8), keys, norm=True)
+    assert with_norm - attention_weights_cost((1, 10, 2, 8), keys)[0] == 10 * channels * 2
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,8 @@ def test_cost_counts_what_is_read_and_written() -> None:
     [
         ({"q": torch.ones(3, 2, 8)}, r"q and k must be \[B, L, N, Dh\], not \[3, 2, 8\]"),
         ({"k": torch.ones(1, 4, 3, 8)}, r"k \[1, 4, 3, 8\] must agree"),
-        ({"k": torch.ones(1, 0, 2, 8)}, r"k \[1, 0, 2, 8\] must agree"),
+        ({"k": torch.ones(1, 0, 2, 8)}, r"k \[1, 0, 2, 8\] has no keys"),
+        ({"k": torch.ones(1, 4, 2, 8, device="meta")}, r"q \(cpu\) and k \(meta\) must be on one device"),
         ({"q": torch.ones(1, 3, 2, 8).half()}, "one dtype, not torch.float16 and torch.float32"),
         ({"log_counts": torch.ones(3)}, r"log_counts must be \[4\], not \[3\]"),
         ({"norm_weight": torch.ones(8)}, r"norm_weight must be \[16\], not \[8\]"),

@@ -14,7 +14,7 @@ from skyreels_fast import ops
 from skyreels_fast.config import TransformerConfig
 from skyreels_fast.dit import Context, DiT
 from skyreels_fast.dit.block import Places
-from skyreels_fast.dit.context import counted_padding, log_counts
+from skyreels_fast.dit.context import counted_padding, log_counts_of
 from skyreels_fast.dit.embeddings import sinusoid
 from skyreels_fast.dit.stream import Stream
 
@@ -92,7 +92,7 @@ def test_blocks_and_attention_may_be_handed_in() -> None:
 @pytest.mark.parametrize("tokens", [1, 7, 8, 100, 126, 127])
 def test_some_keys_count_for_all_of_the_padding(tokens: int) -> None:
     kept = counted_padding(tokens, 512 - tokens, most=128)
-    logs = log_counts(tokens, kept, 512 - tokens, torch.device("cpu"))
+    logs = log_counts_of(tokens, kept, 512 - tokens, torch.device("cpu"))
     assert 1 <= kept <= 8 and (tokens + kept) % 8 == 0 and logs.shape == (tokens + kept,)
     assert logs[:-1].count_nonzero() == 0
     assert logs.double().exp().sum().item() == pytest.approx(512, rel=1e-6)
@@ -102,7 +102,7 @@ def test_some_keys_count_for_all_of_the_padding(tokens: int) -> None:
 def test_padding_that_cannot_be_counted_stays(tokens: int, padding: int) -> None:
     """Too many keys for a head, or as many as would stand for it."""
     assert counted_padding(tokens, padding, most=128) == padding
-    assert log_counts(tokens, padding, padding, torch.device("cpu")) is None
+    assert log_counts_of(tokens, padding, padding, torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize(("model_type", "batch"), [("t2v", 1), ("t2v", 2), ("i2v", 2)])

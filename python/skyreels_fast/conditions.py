@@ -130,7 +130,10 @@ def load_pictures(settings: Settings) -> dict[str, Tensor]:
 
 
 def image_channels(vae: VAE, image: Tensor, latents: int, shared: Chain | None = None) -> Tensor:
-    """I2V's 20 extra channels [1, 20, F, h, w]: 4 of mask, 1 on the given frame, and the latents of (image, zeros)."""
+    """I2V's 20 extra channels [1, 20, F, h, w]: 4 of mask, 1 on the given frame, and the latents of (image, zeros).
+
+    shared: the processes that encode together, as in `VAE.encode_stream`.
+    """
 
     def frames() -> Iterator[Tensor]:
         yield image

@@ -100,7 +100,8 @@ class Pipeline:
             attention: the backend of `ops.attention`; None: the fastest that the device has.
             vae_dtype: what the VAE computes in; None takes bfloat16 on a GPU, float32 on the CPU.
             degrees: several processes render together (`parallel`): every one makes the same pipeline, on a device of
-                its own, and the same calls; the frames come out in rank 0. None: this one renders alone.
+                its own, and the same calls; the frames come out in rank 0. Each reads its streams to the end, and
+                ends if one of them fails: the others wait for it. None: this one renders alone.
 
         Raises:
             ValueError: the directory is unknown or incomplete, a tensor is missing, unknown or misshapen,

@@ -149,7 +149,10 @@ class CrossAttention(nn.Module):
         return attention_weights(q, pair.k, pair.log_counts, norm_weight=self.norm_q.weight, eps=self.eps)
 
     def _sum_projected(self, weights: Tensor, v: Tensor) -> Tensor:
-        """`o` of what weights [B, L, N, n] sum up of v [B, n, N, Dh]: w (v W^T) has n / Dh of the work of (w v) W^T."""
+        """`o` of what weights [B, L, N, n] sum up of v [B, n, N, Dh]: w (v W^T) has n / Dh of the work of (w v) W^T.
+
+        It reads the weight of `o` and does not call it: an adapter's must be merged into it.
+        """
         by_head = self.o.weight.unflatten(1, (self.heads, -1))
         projected = torch.einsum("bnhd,ehd->bhne", v, by_head).flatten(1, 2)
         rows = weights.flatten(2)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from skyreels_fast.dit.block import Block, KeysValues
 
-_ALIGNED = 8
+_ALIGNED = 8  # of 16 bits: a row of weights then begins where a matrix product reads it at once
 
 
 class Context:
@@ -42,7 +42,7 @@ def counted_padding(tokens: int, padding: int, most: int) -> int:
     return count if count < padding and tokens + count <= most else padding
 
 
-def log_counts(tokens: int, kept: int, padding: int, device: torch.device) -> Tensor | None:
+def log_counts_of(tokens: int, kept: int, padding: int, device: torch.device) -> Tensor | None:
     """How often each key counts, the last of those `kept` for all that are not: see `Context`."""
     if kept == padding:
         return None

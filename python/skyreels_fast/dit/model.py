@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from skyreels_fast.config import TransformerConfig
 from skyreels_fast.dit.block import Attend, Block, Grid, Places
-from skyreels_fast.dit.context import Context, counted_padding, log_counts
+from skyreels_fast.dit.context import Context, counted_padding, log_counts_of
 from skyreels_fast.dit.embeddings import (
     ImageEmbedding,
     linear_fp32,
@@ -29,6 +29,7 @@ from skyreels_fast.dit.embeddings import (
 from skyreels_fast.dit.past import Past
 from skyreels_fast.dit.stream import Stream
 from skyreels_fast.ops import attention, norm_scale_shift
+from skyreels_fast.ops.attention_weights import MAX_CHANNELS
 
 IMAGE_DIM = 1280  # CLIP ViT-H/14 tokens
 
@@ -107,9 +108,9 @@ class DiT(nn.Module):
         weight, length = self.text_embedding[0].weight, text.shape[1]
         padding = config.text_len - length
         # As many keys as a head has channels: their weights are then no larger than what they sum up.
-        kept = counted_padding(length, padding, most=config.head_dim)
+        kept = counted_padding(length, padding, most=config.head_dim if config.head_dim <= MAX_CHANNELS else 0)
         tokens = self.text_embedding(functional.pad(text, (0, 0, 0, kept)).to(weight))
-        logs = log_counts(length, kept, padding, weight.device)
+        logs = log_counts_of(length, kept, padding, weight.device)
         return Context(tokens, None if image is None else self.img_emb(image.to(weight)), logs)
 
     def time_embedding_of(self, timestep: Tensor, fps: int | None = None) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from skyreels_fast.ops.qk_norm_rope3d import qk_norm_ref
 BACKENDS = ("triton", "ref")
 _NAME = "attention_weights"
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16)
-_MAX_CHANNELS, _MAX_KEYS = 128, 128
+MAX_CHANNELS, MAX_KEYS = 128, 128
 # Queries in a tile of a program, its tiles, its warps, and tiles on their way: the fastest on an H200, whose registers
 # hold the scores of 64 queries and 128 keys. It takes 49 KiB of shared memory, which every GPU with bfloat16 has.
 _ROWS, _TILES, _WARPS, _STAGES = 64, 16, 4, 3
@@ -48,7 +48,7 @@ def attention_weights_ref(
 
 
 def attention_weights_cost(
-    q_shape: tuple[int, int, int, int], keys: int, *, norm: bool = True, itemsize: int = 2
+    q_shape: tuple[int, int, int, int], keys: int, *, norm: bool = False, itemsize: int = 2
 ) -> tuple[int, int]:
     """(bytes moved, flops) of one call with q of `q_shape` [B, L, N, Dh] and `keys` = n; the `norm` reads q again."""
     batch, tokens, heads, head_dim = q_shape
@@ -143,18 +143,19 @@ def _(q: Tensor, k: Tensor, log_counts: Tensor | None, norm_weight: Tensor | Non
 def _check(q: Tensor, k: Tensor, log_counts: Tensor | None, norm_weight: Tensor | None) -> None:
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(f"{_NAME}: q and k must be [B, L, N, Dh], not {list(q.shape)} and {list(k.shape)}")
-    if (k.shape[0], *k.shape[2:]) != (q.shape[0], *q.shape[2:]) or k.shape[1] == 0:
+    if (k.shape[0], *k.shape[2:]) != (q.shape[0], *q.shape[2:]):
         raise ValueError(f"{_NAME}: q {list(q.shape)} and k {list(k.shape)} must agree in all but their tokens")
+    if k.shape[1] == 0:
+        raise ValueError(f"{_NAME}: k {list(k.shape)} has no keys")
     if q.dtype != k.dtype:
         raise ValueError(f"{_NAME}: q and k must have one dtype, not {q.dtype} and {k.dtype}")
-    for label, vector, size in (
-        ("log_counts", log_counts, k.shape[1]),
-        ("norm_weight", norm_weight, q.shape[2] * q.shape[3]),
-    ):
+    for label, other in (("k", k), ("log_counts", log_counts), ("norm_weight", norm_weight)):
+        if other is not None and other.device != q.device:
+            raise ValueError(f"{_NAME}: q ({q.device}) and {label} ({other.device}) must be on one device")
+    width = q.shape[2] * q.shape[3]
+    for label, vector, size in (("log_counts", log_counts, k.shape[1]), ("norm_weight", norm_weight, width)):
         if vector is not None and vector.shape != (size,):
             raise ValueError(f"{_NAME}: {label} must be [{size}], not {list(vector.shape)}")
-        if vector is not None and vector.device != q.device:
-            raise ValueError(f"{_NAME}: q ({q.device}) and {label} ({vector.device}) must be on one device")
 
 
 def _choose(backend: str | None, *tensors: Tensor | None) -> str:
@@ -164,8 +165,8 @@ def _choose(backend: str | None, *tensors: Tensor | None) -> str:
     refusal = None
     if q.dtype not in _KERNEL_DTYPES:
         refusal = f"float16 and bfloat16, not {q.dtype}"
-    elif q.shape[3] > _MAX_CHANNELS or k.shape[1] > _MAX_KEYS:
-        refusal = f"heads of up to {_MAX_CHANNELS} channels and {_MAX_KEYS} keys, not {q.shape[3]} and {k.shape[1]}"
+    elif q.shape[3] > MAX_CHANNELS or k.shape[1] > MAX_KEYS:
+        refusal = f"heads of up to {MAX_CHANNELS} channels and {MAX_KEYS} keys, not {q.shape[3]} and {k.shape[1]}"
     if backend is None:
         return "ref" if refusal or needs_grad(*tensors) else chosen
     if chosen != "ref" and refusal:

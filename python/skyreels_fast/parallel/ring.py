@@ -37,6 +37,7 @@ class RingBuffers:
         """Two buffers [2, at least so many elements] of the dtype and on the device of `like`."""
         flat = self._flat
         if flat is None or flat.shape[1] < elements or (flat.dtype, flat.device) != (like.dtype, like.device):
+            self._flat = flat = None  # gone before there is another
             self._flat = like.new_empty(2, elements)
         return self._flat
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -22,8 +23,7 @@ Grid = tuple[int, int, int]
 class Team:
     """All processes in one layout, for frames of `tokens_per_frame` tokens.
 
-    attend: self-attention between this process's tokens and those of the others in its branch. chain: all processes,
-    to share the VAE's layers; None for a single one.
+    chain: all processes, to share the VAE's layers; None for a single one.
     """
 
     def __init__(self, world: World, layout: Layout, tokens_per_frame: int, backend: str | None) -> None:
@@ -34,7 +34,13 @@ class Team:
         self.sequence = layout.sequence
         self.chain = Chain(world) if world.size > 1 else None
         groups = world.groups(layout)
-        self.attend = SequenceAttention(layout, groups, self._place, tokens_per_frame, backend)
+        self._attention = partial(SequenceAttention, layout, groups, self._place, tokens_per_frame, backend)
+
+    @property
+    def attend(self) -> SequenceAttention:
+        """Self-attention between this process's tokens and those of the others in its branch. It holds memory, so that
+        each window asks for its own."""
+        return self._attention()
 
     def first(self, make: Callable[[], T]) -> T:
         """See `World.first`."""

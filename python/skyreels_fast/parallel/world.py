@@ -21,7 +21,8 @@ from .layout import Layout
 T = TypeVar("T")
 
 # A process that dies is noticed by torchrun or by its closed connection. These are for one that hangs: in a step all
-# work in step, give or take what a device has queued; outside of steps all wait for the leader, however long it takes.
+# work in step, give or take what a device has queued; outside of steps, and while frames are decoded, which somebody
+# may read slowly, all wait for the leader, however long it takes.
 _STEP_TIMEOUT = timedelta(minutes=10)
 _LEADER_TIMEOUT = timedelta(days=7)
 
@@ -203,8 +204,9 @@ def _pair(low: int, device: torch.device) -> dist.ProcessGroup:
     if device.type == "cuda":
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
         options.config.max_ctas = _LINK_CTAS
+        options._timeout = _LEADER_TIMEOUT
     backend = "nccl" if device.type == "cuda" else "gloo"
-    return dist.new_group([low, low + 1], timeout=_STEP_TIMEOUT, backend=backend, pg_options=options)
+    return dist.new_group([low, low + 1], timeout=_LEADER_TIMEOUT, backend=backend, pg_options=options)
 
 
 def _exchange(begin: Callable[..., Any], tensor: Tensor, rank: int, group: dist.ProcessGroup) -> dist.Work:
