@@ -27,13 +27,13 @@ MODES = ("sync", "async", "causal", "t2v", "i2v")
 _SIZES = {
     "1.3B": {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30},
     "14B": {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40},
-    "tiny": {"dim": 128, "ffn_dim": 384, "num_heads": 2, "num_layers": 2, "text_dim": 64, "freq_dim": 64},
+    "toy": {"dim": 128, "ffn_dim": 384, "num_heads": 2, "num_layers": 2, "text_dim": 64, "freq_dim": 64},
 }
 MODELS = tuple(_SIZES)
 GRID = (25, 34, 60)  # of tokens, at 540P and 97 frames
-_VAE_BASE_DIM = {"tiny": 8}  # 96 in the published models
+_VAE_BASE_DIM = {"toy": 8}  # 96 in the published models
 _TEXT = {"vocab": 256384, "dim": 4096, "ffn": 10240, "buckets": 32, "heads": 64, "layers": 24}  # UMT5-XXL
-_TEXT_TINY = {"vocab": 512, "dim": 64, "ffn": 128, "buckets": 32, "heads": 4, "layers": 2}
+_TEXT_TOY = {"vocab": 512, "dim": 64, "ffn": 128, "buckets": 32, "heads": 4, "layers": 2}
 _TOKENIZER = Path(skyreels_fast.__file__).parent / "assets" / "tiny" / "google" / "umt5-xxl"
 
 
@@ -174,7 +174,7 @@ class RandomWeights(Mapping[str, Tensor]):
 class RandomCheckpoint(Checkpoint):
     """A checkpoint that no directory holds; its text encoder, when there is one, lies in host memory like a file's."""
 
-    size: str = "tiny"
+    size: str = "toy"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.bfloat16
     with_text: bool = False
@@ -205,7 +205,7 @@ class RandomCheckpoint(Checkpoint):
 
     @cached_property
     def _text(self) -> dict[str, Tensor]:
-        weights = RandomWeights(_text_shapes(_TEXT_TINY if self.size == "tiny" else _TEXT), self.device, self.dtype)
+        weights = RandomWeights(_text_shapes(_TEXT_TOY if self.size == "toy" else _TEXT), self.device, self.dtype)
         return {name: weights[name].cpu() for name in weights}
 
     def tokenizer_path(self) -> Path:

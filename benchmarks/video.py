@@ -135,7 +135,8 @@ def parser() -> argparse.ArgumentParser:
     add("--gpus", type=int, default=1)
     add("--ulysses_degree", type=int)
     add("--ring_degree", type=int)
-    add("--cfg_parallel", action=argparse.BooleanOptionalAction, help="default: with an even number of GPUs")
+    add("--cfg_parallel", action="store_true", default=None, help="default: with an even number of GPUs")
+    add("--no_cfg_parallel", dest="cfg_parallel", action="store_false")
     add("--device", type=torch.device, help="default: cuda where there is one")
     add("--out", type=Path, help="default: benchmarks/results/video.jsonl, on a GPU")
     return result

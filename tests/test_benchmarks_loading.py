@@ -19,20 +19,20 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="drops pages as 
 
 
 def test_the_model_it_writes_is_a_model(tmp_path: Path) -> None:
-    file = loading.write_model(tmp_path, "tiny", CPU)
-    expected = models.RandomCheckpoint.of("tiny", "t2v", CPU, torch.bfloat16, text=False).transformer_weights()
+    file = loading.write_model(tmp_path, "toy", CPU)
+    expected = models.RandomCheckpoint.of("toy", "t2v", CPU, torch.bfloat16, text=False).transformer_weights()
     written = load_file(file)
     assert written.keys() == set(expected) and all(torch.equal(written[name], expected[name]) for name in expected)
     checkpoint = Checkpoint.open(tmp_path)
     with torch.device("meta"):
         checkpoint.check_transformer(DiT(checkpoint.config))
     changed = file.stat().st_mtime_ns
-    assert loading.write_model(tmp_path, "tiny", CPU).stat().st_mtime_ns == changed
+    assert loading.write_model(tmp_path, "toy", CPU).stat().st_mtime_ns == changed
 
 
 def test_rows_of_every_way_cold_and_warm(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "loading.jsonl"
-    options = ["--model", "tiny", "--directory", str(tmp_path / "model"), "--device", "cpu", "--out", str(out)]
+    options = ["--model", "toy", "--directory", str(tmp_path / "model"), "--device", "cpu", "--out", str(out)]
     assert loading.main(options) == 0
     rows = harness.read(out)
     assert [(row["way"], row["cache"]) for row in rows] == [(w, c) for w in loading.WAYS for c in ("cold", "warm")]

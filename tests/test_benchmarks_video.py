@@ -13,7 +13,7 @@ from benchmarks import floor, harness, models, ours, peers, video
 
 CPU = torch.device("cpu")
 COMMON = {"run_id", "time", "gpu", "versions", "commit", "dirty"}
-TOY = ["--model", "tiny", "--resolution", "32x48", "--frames", "9", "--steps", "2", "--device", "cpu"]
+TOY = ["--model", "toy", "--resolution", "32x48", "--frames", "9", "--steps", "2", "--device", "cpu"]
 
 
 def test_published_sizes():
@@ -34,7 +34,7 @@ def test_published_sizes():
 
 
 def test_random_weights_repeat_and_are_of_the_size_of_trained_ones():
-    weights = models.RandomCheckpoint.of("tiny", "sync", CPU, torch.bfloat16, text=False).transformer_weights()
+    weights = models.RandomCheckpoint.of("toy", "sync", CPU, torch.bfloat16, text=False).transformer_weights()
     name = "blocks.0.self_attn.q.weight"
     assert torch.equal(weights[name], weights[name]) and weights[name].dtype == torch.bfloat16
     assert not torch.equal(weights[name], weights[name.replace(".q.", ".k.")])
@@ -55,7 +55,7 @@ def test_floor_counts_products_and_attention():
     seconds += attended / floor.ATTENTION_TFLOPS / 1e12
     assert floor.forward_ms(config, (25, 34, 60), gpu="NVIDIA H200") == pytest.approx(40e3 * seconds)
     assert floor.forward_ms(config, (25, 34, 60), gpu="NVIDIA A100") is None
-    assert floor.forward_ms(models.config("tiny", "sync"), (2, 2, 2), gpu="NVIDIA H200") is None
+    assert floor.forward_ms(models.config("toy", "sync"), (2, 2, 2), gpu="NVIDIA H200") is None
 
 
 def test_video_end_to_end_beside_peers(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -67,7 +67,7 @@ def test_video_end_to_end_beside_peers(tmp_path: Path, capsys: pytest.CaptureFix
     for row in (mine, theirs, accelerated):
         assert tuple(row)[: len(video.KEYS)] == video.KEYS
         assert set(row) >= COMMON
-        assert (row["bench"], row["model"], row["resolution"], row["frames"]) == ("video", "tiny", "32x48", 9)
+        assert (row["bench"], row["model"], row["resolution"], row["frames"]) == ("video", "toy", "32x48", 9)
         assert row["s_per_step"] == pytest.approx(2 * row["ms_per_forward"] / 1e3, rel=1e-4)
     assert mine["run_id"] == theirs["run_id"] == accelerated["run_id"]
     assert (mine["impl"], theirs["impl"]) == ("skyreels_fast", "diffusers")
@@ -160,7 +160,7 @@ def test_video_errors_are_one_line(options: list[str], message: str, capsys: pyt
 
 
 def test_a_missing_peer_is_one_line(monkeypatch: pytest.MonkeyPatch):
-    work = video.work_of(video.parser().parse_args(["--model", "tiny"]), CPU)
+    work = video.work_of(video.parser().parse_args(["--model", "toy"]), CPU)
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     assert "diffusers is not installed" in peers.missing("diffusers", work)
 
@@ -170,7 +170,7 @@ def test_the_peer_is_of_our_size(mode: str):
     pytest.importorskip("diffusers")
     work = video.work_of(video.parser().parse_args([*TOY, "--mode", mode, "--precision", "bf16"]), CPU)
     theirs = dict(peers.transformer(work, CPU).named_parameters())
-    mine = models.RandomCheckpoint.of("tiny", mode, CPU, torch.bfloat16, text=False).transformer_weights()
+    mine = models.RandomCheckpoint.of("toy", mode, CPU, torch.bfloat16, text=False).transformer_weights()
     assert sum(parameter.numel() for parameter in theirs.values()) == sum(mine[name].numel() for name in mine)
     assert theirs["blocks.0.attn1.to_q.weight"].dtype == torch.bfloat16
     assert theirs["blocks.0.scale_shift_table"].dtype == torch.float32
