@@ -97,7 +97,10 @@ def main(argv: list[str] | None = None) -> int:
             print(line(row), flush=True)
             harness.append(out, row | harness.common(device))
     except ImportError as error:
-        print(f"error: photographs need scikit-image ({error}): pip install 'skyreels-fast[bench]'", file=sys.stderr)
+        print(
+            f"error: photographs need scikit-image ({error}): pip install '.[bench]'",
+            file=sys.stderr,
+        )
         return 2
     return 0
 

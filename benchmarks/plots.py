@@ -55,7 +55,7 @@ def draw(rows: list[Row], directory: Path) -> list[Path]:
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
     except ImportError:
-        raise ValueError("plots need matplotlib: pip install 'skyreels-fast[bench]'") from None
+        raise ValueError("plots need matplotlib: pip install '.[bench]'") from None
     files = []
     for name, (title, key, unit) in PLOTS.items():
         groups, heights = bars(rows, key)

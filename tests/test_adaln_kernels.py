@@ -282,10 +282,10 @@ def test_left_to_the_reference(monkeypatch):
     monkeypatch.setattr(adaln, "choose", lambda *_, **__: "triton")
     x = torch.zeros(1, 2, 8)
 
-    def chosen(*tensors: Tensor, dtype: torch.dtype = FP32) -> str:
-        return adaln._choose("scale_residual", None, *tensors, dtypes=(dtype,))
+    def chosen(residual: Tensor, x: Tensor | None = None, dtype: torch.dtype = FP32) -> str:
+        return adaln._choose("scale_residual", None, {"residual": residual, "x": x}, {"out_dtype": dtype})
 
-    assert chosen(x, x.bfloat16(), None) == "triton"
+    assert chosen(x) == chosen(x, x.bfloat16()) == "triton"
     assert chosen(x.double()) == chosen(x, x.double()) == chosen(x, dtype=torch.float64) == "ref"
     assert chosen(torch.zeros(1, 2, 8193)) == "ref"
     assert chosen(x.clone().requires_grad_()) == chosen(x, x.clone().requires_grad_()) == "ref"

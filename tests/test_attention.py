@@ -144,6 +144,9 @@ def test_errors_name_the_values() -> None:
         ops.attention(q, q, q.half())
     with pytest.raises(ValueError, match="at least 1, not 0"):
         ops.attention(q, q, q, block_tokens=0)
+    for wrong in (2.5, "2"):
+        with pytest.raises(ValueError, match=f"block_tokens must be an integer of at least 1, not {wrong!r}"):
+            ops.attention(q, q, q, block_tokens=wrong)
     with pytest.raises(ValueError, match="not 5 for 6"):
         ops.attention(q, q[:, :5], q[:, :5], block_tokens=2)
 

@@ -98,7 +98,7 @@ def test_cost_counts_what_is_read_and_written() -> None:
         ({"log_counts": torch.ones(3)}, r"log_counts must be \[4\], not \[3\]"),
         ({"norm_weight": torch.ones(8)}, r"norm_weight must be \[16\], not \[8\]"),
         ({"norm_weight": torch.ones(16, device="meta")}, r"q \(cpu\) and norm_weight \(meta\) must be on one device"),
-        ({"backend": "fa3"}, "backend 'fa3' is not available"),
+        ({"backend": "fa3"}, "there is no backend 'fa3'; give one of triton, ref"),
     ],
 )
 def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> None:

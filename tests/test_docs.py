@@ -36,6 +36,17 @@ def test_every_op_has_an_example_and_its_signature() -> None:
         assert re.search(rf"`{name}\(", TEXT) or f"    {name}(" in TEXT
 
 
+def test_every_module_of_references_and_costs_is_named() -> None:
+    modules = {path.stem for path in Path(ops.__file__).parent.glob("[a-z]*.py")}
+    named = re.search(r"in the module of its family: (.*?)\. ", TEXT, re.DOTALL)
+    assert named is not None and modules == set(re.findall(r"`ops\.(\w+)`", named[1]))
+
+
+def test_extras_are_installed_from_the_checkout() -> None:
+    """The package is on no index."""
+    assert "skyreels-fast[" not in TEXT
+
+
 def test_the_table_can_be_renewed() -> None:
     renewed = report.filled(TEXT, dict.fromkeys(report.TABLES, "| a table |"))
     assert "<!-- benchmarks:ops -->\n| a table |\n<!-- /benchmarks:ops -->" in renewed

@@ -40,6 +40,13 @@ def test_gradients_and_compilation() -> None:
     assert torch.equal(compiled(x, weight, bias), ops.linear_gelu(x, weight, bias))
 
 
+def test_without_a_bias() -> None:
+    x, weight, bias = draw(torch.float32)
+    for backend in (None, "ref"):
+        assert torch.equal(ops.linear_gelu(x, weight, None, backend=backend), ops.linear_gelu(x, weight, 0 * bias))
+    assert torch.equal(linear_gelu_ref(x, weight, None), ops.linear_gelu(x, weight, None))
+
+
 def test_errors_name_the_values() -> None:
     x, weight, bias = draw(torch.float32)
     with pytest.raises(ValueError, match=r"x \[2, 37, 5\] does not fit the weight \[160, 96\]"):
@@ -67,3 +74,5 @@ def test_epilogue(dtype: torch.dtype, tokens: tuple[int, ...]) -> None:
     out = ops.linear_gelu(*arguments)
     assert torch.equal(out, ops.linear_gelu(*arguments, backend="cublaslt"))
     assert_within_twice(out, linear_gelu_ref(*arguments), formula(*arguments))
+    x, weight, bias = arguments
+    assert torch.equal(ops.linear_gelu(x, weight, None), ops.linear_gelu(x, weight, 0 * bias))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import load_golden, rel_l2
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from skyreels_fast import ops
 from skyreels_fast.ops.qk_norm_rope3d import qk_norm_cost, qk_norm_ref, qk_norm_rope3d_cost, qk_norm_rope3d_ref
@@ -102,6 +103,37 @@ def test_views_of_a_fused_projection() -> None:
     strided = ops.qk_norm_rope3d(a, b, q_weight, k_weight, size[1])
     plain = ops.qk_norm_rope3d(q, k, q_weight, k_weight, size[1])
     assert all(torch.equal(x, y) for x, y in zip(strided, plain, strict=True))
+
+
+@pytest.mark.parametrize("share", [lambda x: x, lambda x: x.detach(), lambda x: x[:]], ids=["same", "detached", "view"])
+def test_in_place_refuses_q_and_k_in_one_memory(share: Callable[[Tensor], Tensor]) -> None:
+    q, _, q_weight, k_weight = draw(SIZES[0])
+    with pytest.raises(ValueError, match="^qk_norm_rope3d_: q and k share memory$"):
+        ops.qk_norm_rope3d_(q, share(q), q_weight, k_weight, SIZES[0][1])
+    ops.qk_norm_rope3d(q, share(q), q_weight, k_weight, SIZES[0][1])
+
+
+def test_in_place_on_views_of_a_fused_projection() -> None:
+    q, k, q_weight, k_weight = draw(SIZES[0])
+    a, b = torch.stack((q, k), dim=2).unbind(2)
+    expected = ops.qk_norm_rope3d(q, k, q_weight, k_weight, SIZES[0][1])
+    assert all(map(torch.equal, ops.qk_norm_rope3d_(a, b, q_weight, k_weight, SIZES[0][1]), expected))
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.filterwarnings("error:Accessing the data pointer")
+def test_in_place_without_addresses() -> None:
+    """Compiled, on the meta device, on fake tensors and within vmap q and k cannot be told apart, nor are refused."""
+    size = (1, (1, 2, 3), 2, 8)
+    (q, k, *weights), grid = draw(size), size[1]
+    expected = ops.qk_norm_rope3d(q, k, *weights, grid)
+    compiled = torch.compile(ops.qk_norm_rope3d_, fullgraph=True, backend="eager")
+    assert all(map(torch.equal, compiled(q.clone(), k.clone(), *weights, grid), expected))
+    ops.qk_norm_rope3d_(*(x.to("meta") for x in (q, k, *weights)), grid)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        ops.qk_norm_rope3d_(*map(mode.from_tensor, (q, k, *weights)), grid)
+    outs = torch.vmap(lambda q, k: ops.qk_norm_rope3d_(q, k, *weights, grid))(q[None].clone(), k[None].clone())
+    assert all(torch.equal(out[0], right) for out, right in zip(outs, expected, strict=True))
 
 
 def test_shards_are_parts_of_the_whole() -> None:

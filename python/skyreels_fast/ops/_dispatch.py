@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 try:
     import triton
@@ -55,13 +56,28 @@ def available(device_type: str, offered: tuple[str, ...] = ("cuda", "triton", "r
 
 
 def choose(op: str, backend: str | None, device_type: str, offered: tuple[str, ...] = ("cuda", "triton", "ref")) -> str:
-    """`backend`, or where it is None the preferred one. Raises ValueError for one that is not available."""
+    """`backend`, or where it is None the preferred one. Raises ValueError for one unknown or not available."""
+    check_backend(op, backend, offered)
     names = available(device_type, offered)
     if backend is None:
         return names[0]
     if backend not in names:
         raise ValueError(f"{op}: backend {backend!r} is not available for {device_type}, only {', '.join(names)}")
     return backend
+
+
+def check_backend(op: str, backend: str | None, offered: tuple[str, ...]) -> None:
+    """Raises ValueError for a name that is no backend of `op`, wherever it runs."""
+    if backend is not None and backend not in offered:
+        raise ValueError(f"{op}: there is no backend {backend!r}; give one of {', '.join(offered)}")
+
+
+def check_floats(op: str, /, **values: Tensor | torch.dtype | None) -> None:
+    """Raises ValueError for a tensor, or the dtype of a result, that is none of FLOATS."""
+    for label, value in values.items():
+        dtype = value.dtype if isinstance(value, Tensor) else value
+        if dtype is not None and dtype not in FLOATS:
+            raise ValueError(f"{op}: {label} must be float16, bfloat16, float32 or float64, not {dtype}")
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

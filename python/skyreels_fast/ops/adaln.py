@@ -5,10 +5,10 @@
     residual'   = (residual + gate * x) + addend
 
 x, residual, addend: [B, L, D]; scale, shift, gate: [B, F, D], one row a latent frame: token l takes row l // (L // F),
-so the modulation is never as long as the tokens. weight, bias: [D]. Any float dtypes, each tensor its own; the math and
-every sum is float32 (float64 where an input is), rounded once. Strides are free; a tensor whose last dimension is not
-contiguous is copied. Kernels take float32, float16 and bfloat16 and D up to 8192, and give the same bits each time.
-Not differentiable, except on the backend "ref".
+so the modulation is never as long as the tokens. weight, bias: [D]. float16, bfloat16, float32 or float64, each tensor
+its own; the math and every sum is float32 (float64 where an input is), rounded once. Strides are free; a tensor whose
+last dimension is not contiguous is copied. Kernels take the first three and D up to 8192, and give the same bits each
+time. Not differentiable, except on the backend "ref".
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from skyreels_fast.ops import _adaln_kernels as kernels
-from skyreels_fast.ops._dispatch import choose, needs_grad
+from skyreels_fast.ops._dispatch import check_floats, choose, needs_grad
 
 BACKENDS = ("triton", "ref")
 
@@ -157,17 +157,16 @@ def _math_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def _choose(name: str, backend: str | None, x: Tensor, *others: Tensor | None, dtypes: tuple[torch.dtype, ...]) -> str:
-    """`choose`, and where nothing was asked for "ref" for what kernels cannot do: gradients, other dtypes, a larger D.
-
-    dtypes: those of the results.
-    """
-    tensors = [x, *(other for other in others if other is not None)]
+def _choose(name: str, backend: str | None, named: dict[str, Tensor | None], results: dict[str, torch.dtype]) -> str:
+    """`choose`; where nothing was asked for "ref" for what kernels cannot do. The first of `named` is [B, L, D]."""
+    check_floats(name, **named, **results)
+    x, *_ = tensors = [tensor for tensor in named.values() if tensor is not None]
     devices = {str(tensor.device): None for tensor in tensors}
     if len(devices) > 1:
         raise ValueError(f"{name}: tensors must be on one device, not on {' and '.join(devices)}")
     chosen = choose(name, backend, x.device.type, BACKENDS)
-    wrong = [dtype for dtype in (*(tensor.dtype for tensor in tensors), *dtypes) if dtype not in kernels.DTYPES]
+    dtypes = [*(tensor.dtype for tensor in tensors), *results.values()]
+    wrong = [dtype for dtype in dtypes if dtype not in kernels.DTYPES]
     if backend is None:
         return "ref" if wrong or x.shape[-1] > kernels.MAX_DIM or needs_grad(*tensors) else chosen
     if chosen != "ref" and wrong:
@@ -228,18 +227,19 @@ def norm_scale_shift(
 
     weight and bias [D] make the norm affine; scale and shift may be None together. With residual [B, L, D] or gate
     [B, F, D] it is the norm of residual + gate * x, a sum that is neither rounded nor written. Returns [B, L, D] in
-    `out_dtype` (default: x's). Raises ValueError for shapes that do not fit, or a backend that is not there.
+    `out_dtype` (default: x's). Raises ValueError for shapes or devices that do not fit, a dtype that is not one of
+    float16, bfloat16, float32 and float64, or a backend that is not there or does not take them.
     """
     name = "norm_scale_shift"
     _check_tokens(name, x, residual=residual)
     _check_rows(name, x, gate=gate)
     _check_norm(name, x, scale, shift, weight, bias)
     dtype = out_dtype or x.dtype
-    tensors = (x, scale, shift, weight, bias, residual, gate)
-    backend = _choose(name, backend, *tensors, dtypes=(dtype,))
+    named = {"x": x, "scale": scale, "shift": shift, "weight": weight, "bias": bias, "residual": residual, "gate": gate}
+    backend = _choose(name, backend, named, {"out_dtype": dtype})
     if backend != "ref":
-        return kernels.norm_scale_shift(*tensors, eps, dtype)
-    return norm_scale_shift_ref(*tensors, eps=eps, out_dtype=dtype, math_dtype=_math_dtype(x, residual))
+        return kernels.norm_scale_shift(**named, eps=eps, out_dtype=dtype)
+    return norm_scale_shift_ref(**named, eps=eps, out_dtype=dtype, math_dtype=_math_dtype(x, residual))
 
 
 def scale_residual(
@@ -259,11 +259,11 @@ def scale_residual(
     _check_tokens(name, x, residual=residual, addend=addend)
     _check_rows(name, x, gate=gate)
     dtype = out_dtype or residual.dtype
-    tensors = (residual, x, gate, addend)
-    backend = _choose(name, backend, *tensors, dtypes=(dtype,))
+    named = {"residual": residual, "x": x, "gate": gate, "addend": addend}
+    backend = _choose(name, backend, named, {"out_dtype": dtype})
     if backend != "ref":
-        return kernels.scale_residual(*tensors, dtype)
-    return scale_residual_ref(*tensors, out_dtype=dtype, math_dtype=_math_dtype(residual, x, addend))
+        return kernels.scale_residual(**named, out_dtype=dtype)
+    return scale_residual_ref(**named, out_dtype=dtype, math_dtype=_math_dtype(residual, x, addend))
 
 
 def scale_residual_norm_scale_shift(
@@ -289,10 +289,10 @@ def scale_residual_norm_scale_shift(
     _check_tokens(name, x, residual=residual, addend=addend)
     _check_rows(name, x, gate=gate)
     _check_norm(name, x, scale, shift, weight, bias)
-    results = (residual_dtype or residual.dtype, out_dtype or x.dtype)
-    tensors = (residual, x, gate, scale, shift, weight, bias, addend)
-    backend = _choose(name, backend, *tensors, dtypes=results)
+    results = {"residual_dtype": residual_dtype or residual.dtype, "out_dtype": out_dtype or x.dtype}
+    modulation = {"scale": scale, "shift": shift, "weight": weight, "bias": bias}
+    named = {"residual": residual, "x": x, "gate": gate, **modulation, "addend": addend}
+    backend = _choose(name, backend, named, results)
     if backend != "ref":
-        return kernels.scale_residual_norm_scale_shift(*tensors, eps, *results)
-    dtypes = {"residual_dtype": results[0], "out_dtype": results[1], "math_dtype": _math_dtype(residual, x, addend)}
-    return scale_residual_norm_scale_shift_ref(*tensors, eps=eps, **dtypes)
+        return kernels.scale_residual_norm_scale_shift(**named, eps=eps, **results)
+    return scale_residual_norm_scale_shift_ref(**named, eps=eps, **results, math_dtype=_math_dtype(residual, x, addend))

@@ -11,12 +11,14 @@ Backends: those of `_attention_backends`, the fastest that the device has by def
 
 from __future__ import annotations
 
+from typing import SupportsIndex
+
 import torch
 from torch import Tensor
 
 from skyreels_fast.ops import _attention_backends as backends
 from skyreels_fast.ops._attention_backends import Dense
-from skyreels_fast.ops._dispatch import needs_grad
+from skyreels_fast.ops._dispatch import check_backend, check_floats, needs_grad
 
 BACKENDS = backends.NAMES
 
@@ -81,10 +83,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, block_tokens: int | None) -> None:
         )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention: q, k, v must have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+    check_floats("attention", q=q, k=k, v=v)
     if block_tokens is None:
         return
-    if block_tokens < 1:
-        raise ValueError(f"attention: block_tokens must be at least 1, not {block_tokens}")
+    if not isinstance(block_tokens, SupportsIndex) or block_tokens < 1:
+        raise ValueError(f"attention: block_tokens must be an integer of at least 1, not {block_tokens!r}")
     if q.shape[1] > k.shape[1]:
         raise ValueError(f"attention: causal blocks need a key for each query, not {k.shape[1]} for {q.shape[1]}")
 
@@ -97,8 +100,7 @@ def choose_attention(name: str | None, device: torch.device | str, dtype: torch.
     device, taken = torch.device(device), dtype in backends.DTYPES
     if name is None:
         return backends.preferred(device) if taken else "sdpa"
-    if name not in BACKENDS:
-        raise ValueError(f"attention: there is no backend {name!r}; give one of {', '.join(BACKENDS)}")
+    check_backend("attention", name, BACKENDS)
     reason = backends.missing(name, device)
     if reason is not None:
         present = [other for other in BACKENDS if backends.missing(other, device) is None]
@@ -127,7 +129,8 @@ def attention(
 
     block_tokens: None for dense, else the size of the causal blocks; then the queries are the last Lq of the Lk tokens.
     backend: "fa3", "fa4", "fa2", "cudnn", "flash", "sdpa" or "ref"; None: the fastest there is, "sdpa" for what the
-    libraries do not take. Raises ValueError for shapes or dtypes that do not fit, or a backend that is not there.
+    libraries do not take. Raises ValueError for shapes or dtypes that do not fit or are not float16, bfloat16, float32
+    or float64, for block_tokens that is no integer of at least 1, or a backend that is not there or does not take them.
     """
     _check(q, k, v, block_tokens)
     chosen = _choose(backend, q, k, v)

@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from skyreels_fast.ops._dispatch import choose, jit, needs_grad, tl, triton
+from skyreels_fast.ops._dispatch import check_floats, choose, jit, needs_grad, tl, triton
 from skyreels_fast.ops.qk_norm_rope3d import qk_norm_ref
 
 BACKENDS = ("triton", "ref")
@@ -149,6 +149,7 @@ def _check(q: Tensor, k: Tensor, log_counts: Tensor | None, norm_weight: Tensor 
         raise ValueError(f"{_NAME}: k {list(k.shape)} has no keys")
     if q.dtype != k.dtype:
         raise ValueError(f"{_NAME}: q and k must have one dtype, not {q.dtype} and {k.dtype}")
+    check_floats(_NAME, q=q, k=k, log_counts=log_counts, norm_weight=norm_weight)
     for label, other in (("k", k), ("log_counts", log_counts), ("norm_weight", norm_weight)):
         if other is not None and other.device != q.device:
             raise ValueError(f"{_NAME}: q ({q.device}) and {label} ({other.device}) must be on one device")
@@ -186,8 +187,9 @@ def attention_weights(
     """Softmax weights [B, L, N, n] of q [B, L, N, Dh] over k [B, n, N, Dh], in their dtype.
 
     log_counts [n]: the logarithm of how often each key counts; None: once. norm_weight [N * Dh]: of the RMSNorm over
-    all heads together that q takes first, with `eps`; None: none. Raises ValueError for shapes or dtypes that do not
-    fit, or a backend that is not there or does not take them.
+    all heads together that q takes first, with `eps`; None: none. Raises ValueError for shapes, dtypes or devices
+    that do not fit, a dtype that is not one of float16, bfloat16, float32 and float64, or a backend that is not there
+    or does not take them.
     """
     _check(q, k, log_counts, norm_weight)
     if _choose(backend, q, k, log_counts, norm_weight) == "ref":

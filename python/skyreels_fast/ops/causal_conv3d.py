@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from skyreels_fast.ops import _causal_conv3d_kernels as kernels
-from skyreels_fast.ops._dispatch import choose, needs_grad
+from skyreels_fast.ops._dispatch import check_backend, check_floats, choose, needs_grad
 from skyreels_fast.ops.norm_silu import norm_silu, norm_silu_ref
 
 BACKENDS = ("triton", "conv2d", "conv3d", "ref")
@@ -117,6 +117,7 @@ def _check(
     for kinds, what in (({t.dtype for t in tensors}, "one dtype"), ({str(t.device) for t in tensors}, "one device")):
         if len(kinds) > 1:
             raise ValueError(f"{name}: all tensors must have {what}, not {' and '.join(sorted(map(str, kinds)))}")
+    check_floats(name, frames=frames[0])  # whose dtype is that of all
 
 
 def _choose(backend: str | None, x: Tensor, weight: Tensor, *others: Tensor | None) -> str:
@@ -129,8 +130,7 @@ def _choose(backend: str | None, x: Tensor, weight: Tensor, *others: Tensor | No
         half = x.dtype in (torch.float16, torch.bfloat16)  # float32 products would be slow there, or inexact
         possible = usable and half and kernels.has_room(x.device) and not needs_grad(x, weight, *others)
         return "conv2d" if chosen == "triton" and not possible else chosen
-    if backend not in BACKENDS:
-        raise ValueError(f"{name}: backend {backend!r} is not one of {', '.join(BACKENDS)}")
+    check_backend(name, backend, BACKENDS)
     if backend == "triton":
         choose(name, backend, x.device.type)
         if not usable:
@@ -154,7 +154,8 @@ def causal_conv3d(
     """The convolution's output [B, H, W, O] at the newest of `frames`: 1 to KT of them [B, H, W, C], the oldest first.
 
     weight: [O, C, KT, KH, KW]; bias: [O]; residual: [B, H, W, O], added; gamma: [O], of `norm_silu` after that. Raises
-    ValueError for shapes, dtypes or devices that do not fit, or a backend that is not there.
+    ValueError for shapes, dtypes or devices that do not fit, a dtype that is not one of float16, bfloat16, float32 and
+    float64, or a backend that is not there or does not take them.
     """
     _check(frames, weight, bias, residual, gamma)
     backend = _choose(backend, frames[-1], weight, bias, residual, gamma)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from skyreels_fast.ops._dispatch import choose, jit, needs_grad, tl, triton
+from skyreels_fast.ops._dispatch import check_floats, choose, jit, needs_grad, tl, triton
 
 BACKENDS = ("triton", "ref")
 _EPS = 1e-12
@@ -77,6 +77,7 @@ def _choose(backend: str | None, x: Tensor, gamma: Tensor) -> str:
         raise ValueError(f"{name}: gamma must be [C] for x [..., C], not {list(gamma.shape)} for {list(x.shape)}")
     if x.device != gamma.device:
         raise ValueError(f"{name}: x ({x.device}) and gamma ({gamma.device}) must be on one device")
+    check_floats(name, x=x, gamma=gamma)
     chosen = choose(name, backend, x.device.type, BACKENDS)
     wrong = [tensor.dtype for tensor in (x, gamma) if tensor.dtype not in _KERNEL_DTYPES]
     if backend is None:
@@ -115,7 +116,8 @@ def _(x: Tensor, gamma: Tensor, silu: bool) -> Tensor:
 def norm_silu(x: Tensor, gamma: Tensor, *, silu: bool = True, backend: str | None = None) -> Tensor:
     """RMSNorm of x [..., C] over C times gamma [C], then SiLU unless `silu` is False: [..., C] in x's dtype.
 
-    Raises ValueError for shapes that do not fit, or a backend that is not there.
+    Raises ValueError for shapes or devices that do not fit, a dtype that is not one of float16, bfloat16, float32 and
+    float64, or a backend that is not there or does not take them.
     """
     if _choose(backend, x, gamma) == "ref":
         math_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from skyreels_fast.ops import _qk_norm_rope3d_operators as operators
-from skyreels_fast.ops._dispatch import choose, needs_grad
+from skyreels_fast.ops._dispatch import check_floats, choose, needs_grad
 
 Grid = tuple[int, int, int]
 
@@ -140,6 +140,18 @@ def _check_grid(name: str, q: Tensor, k: Tensor, grid: Grid, token_range: tuple[
         raise ValueError(f"{name}: {q.shape[1]} tokens are not grid {grid}, {grid[0] * (stop - start)} tokens")
 
 
+def _share_memory(q: Tensor, k: Tensor) -> bool:
+    """Whether they are one tensor or begin at one address; fake tensors and those of a trace have none."""
+    if q is k:
+        return True
+    if torch.compiler.is_compiling() or type(q) is not Tensor or type(k) is not Tensor:
+        return False
+    try:
+        return q.data_ptr() == k.data_ptr() != 0
+    except RuntimeError:  # within vmap and its kin
+        return False
+
+
 def _choose(name: str, backend: str | None, x: Tensor, *others: Tensor) -> str:
     heads, head_dim = x.shape[2:]
     fits = head_dim % 2 == 0 and 0 < head_dim <= _MAX_HEAD_CHANNELS and 0 < heads * head_dim <= _MAX_CHANNELS
@@ -158,8 +170,10 @@ def _choose(name: str, backend: str | None, x: Tensor, *others: Tensor) -> str:
 def qk_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, backend: str | None = None) -> Tensor:
     """RMSNorm of x [B, L, N, Dh] over all heads together, times weight [N * Dh]; shape and dtype of x.
 
-    Raises ValueError for shapes that do not fit, or a backend that is not there or does not take them.
+    Raises ValueError for shapes or devices that do not fit, a dtype that is not one of float16, bfloat16, float32 and
+    float64, or a backend that is not there or does not take them.
     """
+    check_floats("qk_norm", x=x, weight=weight)
     _check_norm("qk_norm", "x", x, weight)
     backend = _choose("qk_norm", backend, x, weight)
     if backend != "ref":
@@ -181,10 +195,13 @@ def _norm_rope(
     theta: float = 10000.0,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    name = "qk_norm_rope3d"
+    name = "qk_norm_rope3d_" if in_place else "qk_norm_rope3d"
+    check_floats(name, q=q, k=k, q_weight=q_weight, k_weight=k_weight)
     _check_norm(name, "q", q, q_weight)
     _check_norm(name, "k", k, k_weight)
     _check_grid(name, q, k, grid, token_range)
+    if in_place and _share_memory(q, k):
+        raise ValueError(f"{name}: q and k share memory")
     backend = _choose(name, backend, q, k, q_weight, k_weight)
     if backend != "ref":
         tokens = token_range or (0, grid[1] * grid[2])
@@ -216,8 +233,9 @@ def qk_norm_rope3d(
 
     q_weight, k_weight: [N * Dh]. grid: the (f, h, w) that L counts; `frame_offset` is the position of its first frame.
     With `token_range` (start, stop) the tokens are those of h * w alone in every frame, L = f * (stop - start): a
-    shard's. Returns (q, k) of the given shape and dtype. Raises ValueError for shapes that do not fit, or a backend
-    that is not there or does not take them.
+    shard's. Returns (q, k) of the given shape and dtype. Raises ValueError for shapes, dtypes or devices that do not
+    fit, a dtype that is not one of float16, bfloat16, float32 and float64, or a backend that is not there or does not
+    take them.
     """
     options = {"eps": eps, "frame_offset": frame_offset, "token_range": token_range, "theta": theta, "backend": backend}
     return _norm_rope(q, k, q_weight, k_weight, grid, in_place=False, **options)
@@ -227,5 +245,5 @@ def qk_norm_rope3d_(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, grid: Grid, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """`qk_norm_rope3d`, with its options, written over q and k, which are returned: for inference, without memory of
-    its own."""
+    its own. Raises ValueError as it does, and where q and k share memory."""
     return _norm_rope(q, k, q_weight, k_weight, grid, in_place=True, **options)

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from skyreels_fast.ops._dispatch import choose, jit, tl, triton
+from skyreels_fast.ops._dispatch import check_floats, choose, jit, tl, triton
 
 BACKENDS = ("triton", "ref")
 _BLOCK = 2048  # elements a Triton program takes at a time
@@ -94,8 +94,9 @@ def _check(name: str, backend: str | None, **tensors: Tensor) -> str:
     (a_name, a), (b_name, b) = tensors.items()
     if a.shape != b.shape:
         raise ValueError(f"{name}: {a_name} {list(a.shape)} and {b_name} {list(b.shape)} must have one shape")
-    if a.dtype != b.dtype or not a.is_floating_point():
-        raise ValueError(f"{name}: {a_name} ({a.dtype}) and {b_name} ({b.dtype}) must have one floating dtype")
+    if a.dtype != b.dtype:
+        raise ValueError(f"{name}: {a_name} ({a.dtype}) and {b_name} ({b.dtype}) must have one dtype")
+    check_floats(name, **tensors)
     if a.device != b.device:
         raise ValueError(f"{name}: {a_name} ({a.device}) and {b_name} ({b.device}) must be on one device")
     backend = choose(name, backend, a.device.type, BACKENDS)
@@ -153,7 +154,8 @@ def _(new: Tensor, old: Tensor) -> Tensor:
 def residual_add(x: Tensor, residual: Tensor, *, backend: str | None = None) -> Tensor:
     """x + residual, a new tensor. Both of one shape, floating dtype and device, which the result has; strides are free.
 
-    Raises ValueError where they differ, or for a backend that is not there.
+    Raises ValueError where they differ, for a dtype that is not one of float16, bfloat16, float32 and float64, or a
+    backend that is not there or does not take them.
     """
     backend = _check("residual_add", backend, x=x, residual=residual)
     if backend == "ref":
@@ -173,7 +175,7 @@ def relative_l1(new: Tensor, old: Tensor, *, backend: str | None = None) -> Tens
     """sum |new - old| / sum |old| as a 0-dim float32 tensor on their device; reading it there and then is what waits.
 
     new, old: of one shape (not empty), floating dtype and device; strides are free. Raises ValueError as
-    `residual_add` does.
+    `residual_add` does, and for empty tensors.
     """
     backend = _check("relative_l1", backend, new=new, old=old)
     if new.numel() == 0:

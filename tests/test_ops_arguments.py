@@ -1,0 +1,102 @@
+"""What every op says of a dtype that it does not compute in, and of a backend that it does not have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from skyreels_fast import ops
+from skyreels_fast.ops._dispatch import FLOATS
+from skyreels_fast.ops.attention import attention_with_lse
+
+TOKENS, ROWS, HEADS = torch.zeros(1, 4, 8), torch.zeros(1, 2, 8), torch.zeros(1, 4, 2, 4)
+VECTOR, FRAME = torch.zeros(8), torch.zeros(1, 4, 4, 8)
+MODULATION = {"scale": ROWS, "shift": ROWS, "weight": VECTOR, "bias": VECTOR}
+QK = {"q": HEADS, "k": HEADS, "q_weight": VECTOR, "k_weight": VECTOR, "grid": (1, 2, 2)}
+CALLS: dict[Callable[..., Any], dict[str, Any]] = {
+    ops.norm_scale_shift: {"x": TOKENS, **MODULATION, "residual": TOKENS, "gate": ROWS},
+    ops.scale_residual: {"residual": TOKENS, "x": TOKENS, "gate": ROWS, "addend": TOKENS},
+    ops.scale_residual_norm_scale_shift: {
+        "residual": TOKENS, "x": TOKENS, "gate": ROWS, **MODULATION, "addend": TOKENS,
+    },
+    ops.qk_norm: {"x": HEADS, "weight": VECTOR},
+    ops.qk_norm_rope3d: QK,
+    ops.qk_norm_rope3d_: QK,
+    ops.attention: {"q": HEADS, "k": HEADS, "v": HEADS},
+    attention_with_lse: {"q": HEADS, "k": HEADS, "v": HEADS},
+    ops.attention_weights: {"q": HEADS, "k": HEADS, "log_counts": torch.zeros(4), "norm_weight": VECTOR},
+    ops.linear_gelu: {"x": TOKENS, "weight": torch.zeros(3, 8), "bias": torch.zeros(3)},
+    ops.norm_silu: {"x": TOKENS, "gamma": VECTOR},
+    ops.causal_conv3d: {
+        "frames": [FRAME], "weight": torch.zeros(8, 8, 3, 3, 3), "bias": VECTOR, "residual": FRAME, "gamma": VECTOR,
+    },
+    ops.relative_l1: {"new": TOKENS, "old": TOKENS},
+    ops.residual_save: {"after": TOKENS, "before": TOKENS},
+    ops.residual_add: {"x": TOKENS, "residual": TOKENS},
+}  # fmt: skip
+on_each_op = pytest.mark.parametrize("op", CALLS, ids=lambda op: op.__name__)
+on_each_dtype = pytest.mark.parametrize(
+    "dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=lambda dtype: str(dtype)[6:]
+)
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """A copy in `dtype` of a tensor or of each in a list; anything else as it is."""
+    if isinstance(value, list):
+        return [cast(each, dtype) for each in value]
+    return value.to(dtype, copy=True) if isinstance(value, Tensor) else value
+
+
+def drawn(op: Callable[..., Any], dtype: torch.dtype) -> dict[str, Any]:
+    return {name: cast(value, dtype) for name, value in CALLS[op].items()}
+
+
+def test_every_op_is_here() -> None:
+    without_tensors = {"choose_attention", "query_rows"}
+    assert {op.__name__ for op in CALLS} - {"attention_with_lse"} == set(ops.__all__) - without_tensors
+
+
+@on_each_op
+@on_each_dtype
+def test_other_dtypes_are_refused(op: Callable[..., Any], dtype: torch.dtype) -> None:
+    """In all arguments at once, whose dtypes agree then, and in each alone."""
+    name = op.__name__.removesuffix("_with_lse")
+    floats = f"must be float16, bfloat16, float32 or float64, not {dtype}$"
+    with pytest.raises(ValueError, match=rf"^{name}: \w+ {floats}"):
+        op(**drawn(op, dtype))
+    for label, value in drawn(op, dtype).items():
+        if label != "grid":
+            with pytest.raises(ValueError, match=rf"^{name}: ({label} {floats}|.* must have one .*dtype)"):
+                op(**drawn(op, torch.float32) | {label: value})
+
+
+@on_each_dtype
+@pytest.mark.parametrize(
+    ("op", "label"),
+    [
+        (ops.norm_scale_shift, "out_dtype"),
+        (ops.scale_residual, "out_dtype"),
+        (ops.scale_residual_norm_scale_shift, "out_dtype"),
+        (ops.scale_residual_norm_scale_shift, "residual_dtype"),
+    ],
+)
+def test_other_dtypes_of_results_are_refused(op: Callable[..., Any], label: str, dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=f"^{op.__name__}: {label} must be float16, .* not {dtype}$"):
+        op(**CALLS[op], **{label: dtype})
+
+
+@on_each_op
+def test_floats_are_taken(op: Callable[..., Any]) -> None:
+    for dtype in FLOATS:
+        op(**drawn(op, dtype))
+
+
+@on_each_op
+def test_unknown_backends_are_told_from_absent_ones(op: Callable[..., Any]) -> None:
+    name = op.__name__.removesuffix("_with_lse")
+    with pytest.raises(ValueError, match=rf"^{name}: there is no backend 'foo'; give one of \w+, .*ref$"):
+        op(**drawn(op, torch.float32), backend="foo")
