@@ -273,7 +273,7 @@ def test_what_kernels_do_not_take_is_named(op, device, backend):
 
 def test_one_device():
     x = torch.zeros(1, 2, 8)
-    with pytest.raises(ValueError, match="scale_residual: tensors must be on one device, not on cpu and meta"):
+    with pytest.raises(ValueError, match=r"scale_residual: residual \(cpu\) and x \(meta\) must be on one device"):
         ops.scale_residual(x, x.to("meta"), None)
 
 

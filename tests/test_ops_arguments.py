@@ -1,4 +1,4 @@
-"""What every op says of a dtype that it does not compute in, and of a backend that it does not have."""
+"""What every op says of a dtype it does not compute in, of tensors that are apart, and of a backend it does not have."""
 
 from __future__ import annotations
 
@@ -66,12 +66,20 @@ def test_other_dtypes_are_refused(op: Callable[..., Any], dtype: torch.dtype) ->
     """In all arguments at once, whose dtypes agree then, and in each alone."""
     name = op.__name__.removesuffix("_with_lse")
     floats = f"must be float16, bfloat16, float32 or float64, not {dtype}$"
-    with pytest.raises(ValueError, match=rf"^{name}: \w+ {floats}"):
+    with pytest.raises(ValueError, match=rf"^{name}: [\w\[\]]+ {floats}"):
         op(**drawn(op, dtype))
     for label, value in drawn(op, dtype).items():
         if label != "grid":
             with pytest.raises(ValueError, match=rf"^{name}: ({label} {floats}|.* must have one .*dtype)"):
                 op(**drawn(op, torch.float32) | {label: value})
+
+
+@on_each_op
+def test_tensors_on_two_devices_are_refused(op: Callable[..., Any]) -> None:
+    name, args = op.__name__.removesuffix("_with_lse"), drawn(op, torch.float32)
+    *_, label = (label for label, value in args.items() if isinstance(value, Tensor))
+    with pytest.raises(ValueError, match=rf"^{name}: [\w\[\]]+ \(cpu\) and {label} \(meta\) must be on one device"):
+        op(**args | {label: args[label].to("meta")})
 
 
 @on_each_dtype

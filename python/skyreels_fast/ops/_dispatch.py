@@ -72,11 +72,20 @@ def check_backend(op: str, backend: str | None, offered: tuple[str, ...]) -> Non
         raise ValueError(f"{op}: there is no backend {backend!r}; give one of {', '.join(offered)}")
 
 
-def check_floats(op: str, /, **values: Tensor | torch.dtype | None) -> None:
-    """Raises ValueError for a tensor, or the dtype of a result, that is none of FLOATS."""
+def check_tensors(op: str, /, **values: Tensor | torch.dtype | None) -> None:
+    """Raises ValueError for a tensor, or the dtype of a result, that is none of FLOATS, or on another device than the
+    first of them."""
+    first: tuple[str, torch.device] | None = None
     for label, value in values.items():
-        dtype = value.dtype if isinstance(value, Tensor) else value
-        if dtype is not None and dtype not in FLOATS:
+        if value is None:
+            continue
+        dtype = value
+        if isinstance(value, Tensor):
+            dtype = value.dtype
+            first = first or (label, value.device)
+            if value.device != first[1]:
+                raise ValueError(f"{op}: {first[0]} ({first[1]}) and {label} ({value.device}) must be on one device")
+        if dtype not in FLOATS:
             raise ValueError(f"{op}: {label} must be float16, bfloat16, float32 or float64, not {dtype}")
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from skyreels_fast.ops import _adaln_kernels as kernels
-from skyreels_fast.ops._dispatch import check_floats, choose, needs_grad
+from skyreels_fast.ops._dispatch import check_tensors, choose, needs_grad
 
 BACKENDS = ("triton", "ref")
 
@@ -159,11 +159,8 @@ def _math_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def _choose(name: str, backend: str | None, named: dict[str, Tensor | None], results: dict[str, torch.dtype]) -> str:
     """`choose`; where nothing was asked for "ref" for what kernels cannot do. The first of `named` is [B, L, D]."""
-    check_floats(name, **named, **results)
+    check_tensors(name, **named, **results)
     x, *_ = tensors = [tensor for tensor in named.values() if tensor is not None]
-    devices = {str(tensor.device): None for tensor in tensors}
-    if len(devices) > 1:
-        raise ValueError(f"{name}: tensors must be on one device, not on {' and '.join(devices)}")
     chosen = choose(name, backend, x.device.type, BACKENDS)
     dtypes = [*(tensor.dtype for tensor in tensors), *results.values()]
     wrong = [dtype for dtype in dtypes if dtype not in kernels.DTYPES]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from skyreels_fast.ops import _attention_backends as backends
 from skyreels_fast.ops._attention_backends import Dense
-from skyreels_fast.ops._dispatch import check_backend, check_floats, needs_grad
+from skyreels_fast.ops._dispatch import check_backend, check_tensors, needs_grad
 
 BACKENDS = backends.NAMES
 
@@ -83,7 +83,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, block_tokens: int | None) -> None:
         )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention: q, k, v must have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
-    check_floats("attention", q=q, k=k, v=v)
+    check_tensors("attention", q=q, k=k, v=v)
     if block_tokens is None:
         return
     if not isinstance(block_tokens, SupportsIndex) or block_tokens < 1:
@@ -135,7 +135,8 @@ def attention(
     _check(q, k, v, block_tokens)
     chosen = _choose(backend, q, k, v)
     if chosen == "ref":
-        return attention_ref(q, k, v, block_tokens=block_tokens)
+        math_dtype = torch.promote_types(q.dtype, torch.float32)
+        return attention_ref(q, k, v, block_tokens=block_tokens, math_dtype=math_dtype)
     return _by_prefix(backends.dense(chosen), q, k, v, block_tokens)
 
 

@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from skyreels_fast.ops._dispatch import check_floats, choose, jit, needs_grad, tl, triton
+from skyreels_fast.ops._dispatch import check_tensors, choose, jit, needs_grad, tl, triton
 from skyreels_fast.ops.qk_norm_rope3d import qk_norm_ref
 
 BACKENDS = ("triton", "ref")
@@ -149,10 +149,7 @@ def _check(q: Tensor, k: Tensor, log_counts: Tensor | None, norm_weight: Tensor 
         raise ValueError(f"{_NAME}: k {list(k.shape)} has no keys")
     if q.dtype != k.dtype:
         raise ValueError(f"{_NAME}: q and k must have one dtype, not {q.dtype} and {k.dtype}")
-    check_floats(_NAME, q=q, k=k, log_counts=log_counts, norm_weight=norm_weight)
-    for label, other in (("k", k), ("log_counts", log_counts), ("norm_weight", norm_weight)):
-        if other is not None and other.device != q.device:
-            raise ValueError(f"{_NAME}: q ({q.device}) and {label} ({other.device}) must be on one device")
+    check_tensors(_NAME, q=q, k=k, log_counts=log_counts, norm_weight=norm_weight)
     width = q.shape[2] * q.shape[3]
     for label, vector, size in (("log_counts", log_counts, k.shape[1]), ("norm_weight", norm_weight, width)):
         if vector is not None and vector.shape != (size,):

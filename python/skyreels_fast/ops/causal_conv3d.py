@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from skyreels_fast.ops import _causal_conv3d_kernels as kernels
-from skyreels_fast.ops._dispatch import check_backend, check_floats, choose, needs_grad
+from skyreels_fast.ops._dispatch import check_backend, check_tensors, choose, needs_grad
 from skyreels_fast.ops.norm_silu import norm_silu, norm_silu_ref
 
 BACKENDS = ("triton", "conv2d", "conv3d", "ref")
@@ -113,11 +113,12 @@ def _check(
             raise ValueError(f"{name}: {label} must be [O] = [{weight.shape[0]}], not {list(vector.shape)}")
     if residual is not None and residual.shape != (*shape[:3], weight.shape[0]):
         raise ValueError(f"{name}: residual must be {[*shape[:3], weight.shape[0]]}, not {list(residual.shape)}")
-    tensors = [*frames, weight, *(tensor for tensor in (bias, residual, gamma) if tensor is not None)]
-    for kinds, what in (({t.dtype for t in tensors}, "one dtype"), ({str(t.device) for t in tensors}, "one device")):
-        if len(kinds) > 1:
-            raise ValueError(f"{name}: all tensors must have {what}, not {' and '.join(sorted(map(str, kinds)))}")
-    check_floats(name, frames=frames[0])  # whose dtype is that of all
+    named = {f"frames[{i}]": frame for i, frame in enumerate(frames)}
+    named |= {"weight": weight, "bias": bias, "residual": residual, "gamma": gamma}
+    dtypes = {str(tensor.dtype) for tensor in named.values() if tensor is not None}
+    if len(dtypes) > 1:
+        raise ValueError(f"{name}: all tensors must have one dtype, not {' and '.join(sorted(dtypes))}")
+    check_tensors(name, **named)
 
 
 def _choose(backend: str | None, x: Tensor, weight: Tensor, *others: Tensor | None) -> str:

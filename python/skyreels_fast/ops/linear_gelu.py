@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from skyreels_fast.ops._dispatch import check_backend, check_floats, needs_grad
+from skyreels_fast.ops._dispatch import check_backend, check_tensors, needs_grad
 
 BACKENDS = ("cublaslt", "ref")
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -40,7 +40,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     dtypes = [tensor.dtype for tensor in (x, weight, bias) if tensor is not None]
     if any(dtype != x.dtype for dtype in dtypes):
         raise ValueError(f"linear_gelu: x, weight, bias must have one dtype, not {', '.join(map(str, dtypes))}")
-    check_floats("linear_gelu", x=x)  # whose dtype is that of all
+    check_tensors("linear_gelu", x=x, weight=weight, bias=bias)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str | None = None) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from skyreels_fast.ops._dispatch import check_floats, choose, jit, needs_grad, tl, triton
+from skyreels_fast.ops._dispatch import check_tensors, choose, jit, needs_grad, tl, triton
 
 BACKENDS = ("triton", "ref")
 _EPS = 1e-12
@@ -75,9 +75,7 @@ def _choose(backend: str | None, x: Tensor, gamma: Tensor) -> str:
     name = "norm_silu"
     if x.dim() < 2 or gamma.shape != x.shape[-1:]:
         raise ValueError(f"{name}: gamma must be [C] for x [..., C], not {list(gamma.shape)} for {list(x.shape)}")
-    if x.device != gamma.device:
-        raise ValueError(f"{name}: x ({x.device}) and gamma ({gamma.device}) must be on one device")
-    check_floats(name, x=x, gamma=gamma)
+    check_tensors(name, x=x, gamma=gamma)
     chosen = choose(name, backend, x.device.type, BACKENDS)
     wrong = [tensor.dtype for tensor in (x, gamma) if tensor.dtype not in _KERNEL_DTYPES]
     if backend is None:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from skyreels_fast.ops import _qk_norm_rope3d_operators as operators
-from skyreels_fast.ops._dispatch import check_floats, choose, needs_grad
+from skyreels_fast.ops._dispatch import check_tensors, choose, needs_grad
 
 Grid = tuple[int, int, int]
 
@@ -118,8 +118,6 @@ def _check_norm(name: str, label: str, x: Tensor, weight: Tensor) -> None:
         raise ValueError(
             f"{name}: the weight of {label} must be [N * Dh] = [{x.shape[2] * x.shape[3]}], not {list(weight.shape)}"
         )
-    if weight.device != x.device:
-        raise ValueError(f"{name}: {label} ({x.device}) and its weight ({weight.device}) must be on one device")
 
 
 def _check_grid(name: str, q: Tensor, k: Tensor, grid: Grid, token_range: tuple[int, int] | None) -> None:
@@ -127,8 +125,6 @@ def _check_grid(name: str, q: Tensor, k: Tensor, grid: Grid, token_range: tuple[
         raise ValueError(
             f"{name}: q {list(q.shape)} {q.dtype} and k {list(k.shape)} {k.dtype} must have one shape and dtype"
         )
-    if q.device != k.device:
-        raise ValueError(f"{name}: q ({q.device}) and k ({k.device}) must be on one device")
     if q.shape[3] % 2:
         raise ValueError(f"{name}: a head of {q.shape[3]} channels has no complex pairs, the size must be even")
     if len(grid) != 3 or min(grid) < 1:
@@ -173,7 +169,7 @@ def qk_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, backend: str | None
     Raises ValueError for shapes or devices that do not fit, a dtype that is not one of float16, bfloat16, float32 and
     float64, or a backend that is not there or does not take them.
     """
-    check_floats("qk_norm", x=x, weight=weight)
+    check_tensors("qk_norm", x=x, weight=weight)
     _check_norm("qk_norm", "x", x, weight)
     backend = _choose("qk_norm", backend, x, weight)
     if backend != "ref":
@@ -196,7 +192,7 @@ def _norm_rope(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     name = "qk_norm_rope3d_" if in_place else "qk_norm_rope3d"
-    check_floats(name, q=q, k=k, q_weight=q_weight, k_weight=k_weight)
+    check_tensors(name, q=q, k=k, q_weight=q_weight, k_weight=k_weight)
     _check_norm(name, "q", q, q_weight)
     _check_norm(name, "k", k, k_weight)
     _check_grid(name, q, k, grid, token_range)

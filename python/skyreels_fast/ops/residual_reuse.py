@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from skyreels_fast.ops._dispatch import check_floats, choose, jit, tl, triton
+from skyreels_fast.ops._dispatch import check_tensors, choose, jit, tl, triton
 
 BACKENDS = ("triton", "ref")
 _BLOCK = 2048  # elements a Triton program takes at a time
@@ -96,9 +96,7 @@ def _check(name: str, backend: str | None, **tensors: Tensor) -> str:
         raise ValueError(f"{name}: {a_name} {list(a.shape)} and {b_name} {list(b.shape)} must have one shape")
     if a.dtype != b.dtype:
         raise ValueError(f"{name}: {a_name} ({a.dtype}) and {b_name} ({b.dtype}) must have one dtype")
-    check_floats(name, **tensors)
-    if a.device != b.device:
-        raise ValueError(f"{name}: {a_name} ({a.device}) and {b_name} ({b.device}) must be on one device")
+    check_tensors(name, **tensors)
     backend = choose(name, backend, a.device.type, BACKENDS)
     if backend != "ref" and a.dtype not in _KERNEL_DTYPES:
         raise ValueError(f"{name}: backend {backend!r} takes float32, float16 and bfloat16, not {a.dtype}; use 'ref'")
