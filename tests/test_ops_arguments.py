@@ -1,4 +1,4 @@
-"""What every op says of a dtype it does not compute in, of tensors that are apart, and of a backend it does not have."""
+"""What every op says of a dtype it does not compute in, of tensors that are apart, of a backend it does not have."""
 
 from __future__ import annotations
 
