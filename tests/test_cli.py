@@ -110,6 +110,21 @@ def test_notes_are_passed_on(fake, capfd):
     assert "note: --addnoise_condition 80" in said
 
 
+@pytest.mark.parametrize(
+    ("flags", "note"),
+    [
+        ("--offload", "--offload has no effect on cpu"),
+        ("--teacache_thresh 0.1", "--teacache_thresh has no effect without --teacache"),
+        ("--use_ret_steps --teacache_coefficients 1,2", "--use_ret_steps and --teacache_coefficients have no effect "
+         "without --teacache"),
+        ("--base_num_frames 50", "--base_num_frames 50: counts as 49, since the model makes 4k + 1 frames"),
+    ],
+)  # fmt: skip
+def test_flags_that_do_nothing_are_told(fake, capfd, flags, note):
+    assert cli.generate_video_df([*CPU, *flags.split()]) == 0
+    assert f"generate_video_df.py: note: {note}" in capfd.readouterr().err.splitlines()
+
+
 def test_a_crash_keeps_what_was_rendered(fake, capfd):
     fake.error_at_chunk = (3, RuntimeError("kernel went away"))
     assert cli.generate_video([*CPU, "--output", "out.mp4"]) == 1

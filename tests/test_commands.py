@@ -77,7 +77,7 @@ def test_every_mode_ends_in_a_video(
     assert meta["fps"] == (16 if name == "fps 16" else 24)
     record = json.loads(path.with_suffix(".json").read_text())
     assert record["complete"] and record["frames"] == frames
-    assert f"{frames} frame" in capsys.readouterr().out
+    assert f" ({frames} frame{'' if frames == 1 else 's'}, " in capsys.readouterr().out
 
 
 def test_a_video_is_extended_at_its_own_rate(models: dict[str, Path], source: Path, tmp_path: Path) -> None:

@@ -226,6 +226,7 @@ def test_layouts(size: int, heads: int, guided: bool, asked: Degrees, expected: 
     [
         (8, Degrees(ulysses=8), "--ulysses_degree 8: does not fit 12 heads and 8 processes; .* 4 x 2, 4 x 1, 2 x 4"),
         (8, Degrees(3), "--ulysses_degree 3"),
+        (8, Degrees(5, cfg_parallel=True), "12 heads and 8 processes, 4 for each guidance branch with --cfg_parallel;"),
         (8, Degrees(2, 3), "--ulysses_degree 2 --ring_degree 3"),
         (8, Degrees(ring=3), "--ring_degree 3"),
         (4, Degrees(ring=0), "--ring_degree 0: must be at least 1"),
@@ -239,8 +240,8 @@ def test_layouts_that_do_not_work_are_named(size: int, asked: Degrees, message: 
 
 
 def test_no_halves_without_guidance() -> None:
-    with pytest.raises(ValueError, match="this guidance_scale leaves a single branch"):
-        choose_layout(Degrees(cfg_parallel=True), 4, heads=12, guided=False, tokens_per_frame=15)
+    with pytest.raises(ValueError, match=r"^--cfg_parallel: guidance_scale=0\.5 leaves a single branch"):
+        choose_layout(Degrees(cfg_parallel=True), 4, heads=12, guided=False, tokens_per_frame=15, guidance_scale=0.5)
 
 
 def test_ranks_are_laid_out_with_neighbours_in_a_ulysses_group() -> None:

@@ -14,7 +14,7 @@ import skyreels_fast as sf
 from skyreels_fast import cli
 from skyreels_fast.dit.context import Context
 from skyreels_fast.encoders.text import TextEncoder
-from skyreels_fast.prompts import checked_prompts, first_frames, read_prompts, unused, window_prompts
+from skyreels_fast.prompts import checked_prompts, delayed, first_frames, read_prompts, unused, window_prompts
 from skyreels_fast.request import RequestError
 from skyreels_fast.sampling.windows import plan_windows
 
@@ -77,6 +77,13 @@ def test_each_window_takes_its_prompt() -> None:
 def test_prompts_that_no_window_takes_are_told() -> None:
     assert unused(((0, "a"), (49, "b"), (50, "c"), (60, "d"), (114, "e")), WINDOWS, 0) == [50, 114]
     assert unused(("a",), WINDOWS, 0) == []
+
+
+def test_prompts_that_wait_for_their_window_are_told() -> None:
+    assert delayed(((0, "a"), (30, "b"), (81, "c"), (90, "d"), (91, "e")), WINDOWS, 0) == [(30, 49), (91, 113)]
+    assert delayed(((0, "a"), (49, "b")), WINDOWS, 0) == []
+    assert delayed(((0, "a"), (40, "b")), WINDOWS, 30) == [(40, 79)]
+    assert delayed(("a", "b"), WINDOWS, 0) == []
 
 
 @pytest.mark.parametrize("value", ["a fox", [], [3], ["a", (3, "b")], [(0, "a"), (True, "b")], [(0, "a"), ("4", "b")]])
@@ -145,15 +152,17 @@ def test_the_command_records_them_and_repeats_them(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    written(tmp_path / "story.txt", "0: a red circle\n8: a blue star\n9: a green square\n")
+    written(tmp_path / "story.txt", "0: a red circle\n8: a blue star\n9: a green square\n10: a red square\n")
     words = ["--model_id", str(models["df"]), "--device", "cpu", "--prompt_file", "story.txt", "--num_frames", "17"]
     words += [word for name, value in LONG.items() for word in (f"--{name}", str(value))]
     assert cli.generate_video_df([*words, "--output", "out.mp4"]) == 0
     said = capsys.readouterr()
-    assert "2 prompts, " in said.out
+    assert "3 prompts, " in said.out
+    assert "note: --prompt_file: the prompt of frame 10 takes effect at frame 13, where the next window" in said.err
     assert "note: --prompt_file: no window begins while that of frame 8 holds, so it is never used" in said.err
     record = json.loads(Path("out.json").read_text())
-    assert record["settings"]["prompts"] == [[0, "a red circle"], [8, "a blue star"], [9, "a green square"]]
+    assert record["settings"]["prompts"] == [[0, "a red circle"], [8, "a blue star"], [9, "a green square"],
+                                             [10, "a red square"]]  # fmt: skip
     assert "--prompt_file story.txt" in record["command"] and "--prompt " not in record["command"]
     written(tmp_path / "story.txt", "a\nb\nc\nd\n")
     assert cli.generate_video_df([*words, "--output", "out.mp4"]) == 2

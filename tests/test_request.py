@@ -15,6 +15,7 @@ from PIL import Image
 
 from skyreels_fast.config import NEGATIVE_PROMPT, NEGATIVE_PROMPT_DF
 from skyreels_fast.media import VideoWriter
+from skyreels_fast.plan import Plan
 from skyreels_fast.request import DEFAULT_PROMPT, Request, Settings, resolve
 
 
@@ -296,9 +297,44 @@ def test_contexts_stand_in_for_prompts():
     [
         ({"addnoise_condition": 61}, "addnoise_condition=61"),
         ({"num_frames": 100}, "num_frames=100: counts as 97"),
-        ({"use_ret_steps": True}, "no effect without teacache"),
+        ({"base_num_frames": 50}, "base_num_frames=50: counts as 49"),
+        ({"defaults": {"base_num_frames": 50}}, "base_num_frames=50: counts as 49"),
+        ({"num_frames": 100, "mode": "t2v"}, "num_frames=100: counts as 97"),
+        ({"use_ret_steps": True}, "use_ret_steps has no effect without teacache"),
+        ({"teacache_thresh": 0}, "teacache_thresh has no effect without teacache"),
+        ({"teacache_coefficients": (1.0,)}, "teacache_coefficients has no effect without teacache"),
+        (
+            {"use_ret_steps": True, "teacache_coefficients": (1.0,)},
+            "use_ret_steps and teacache_coefficients have no effect without teacache",
+        ),
     ],
 )
 def test_notes(values, note):
     (found,) = settings(**values).notes
-    assert note in found
+    assert found.startswith(note)
+
+
+def test_what_belongs_to_teacache_is_in_place_with_it_or_left_off():
+    given = {"teacache_thresh": 0.1, "use_ret_steps": True, "teacache_coefficients": (1.0,)}
+    assert settings(teacache=True, **given).notes == ()
+    assert settings(use_ret_steps=False, defaults={"teacache_coefficients": [1.0]}).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "said"),
+    [
+        (1, "1 window of 1 latent frame, "),
+        (113, "3 windows of 13 latent frames, "),
+        (97, "3 windows of 13, 13 and 9 latent frames, "),
+        (193, "6 windows of 13, ..., 13 and 9 latent frames, "),
+    ],
+)
+def test_a_plan_tells_the_length_of_its_windows(num_frames, said):
+    plan = Plan.of(settings(num_frames=num_frames, base_num_frames=49, overlap_history=17))
+    assert said in plan.describe()
+    assert "source" not in plan.describe()
+
+
+def test_a_plan_tells_which_frames_are_the_sources():
+    plan = Plan.of(settings(num_frames=97, overlap_history=17, video=np.zeros((49, 64, 96, 3), np.uint8)), 49)
+    assert plan.describe().endswith("129 frames out (5.4 s at 24 fps), 49 of them the source's")

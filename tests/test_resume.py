@@ -98,7 +98,7 @@ def count_calls(path: Path) -> Callable[[], None]:
     return begin
 
 
-def kill_at(call: int) -> Callable[[], None]:
+def kill_at(call: int, number: int = signal.SIGKILL) -> Callable[[], None]:
     """Kill the child with its ffmpeg, or without, at its call number `call`: in the midst of anything."""
 
     def begin() -> None:
@@ -107,7 +107,7 @@ def kill_at(call: int) -> Callable[[], None]:
         def tick(*_: object) -> None:
             left[0] -= 1
             if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), number)
 
         sys.setprofile(tick)
 
@@ -181,6 +181,75 @@ def test_kill_9_at_any_moment_costs_nothing_that_was_saved(name: str, moment: fl
     child = run(mode, [*words, "--output", "out.mp4"], kill_at(int(moment * calls) + 1))
     assert child.killed, child.said
     assert_goes_on(mode, words, expected)
+
+
+@pytest.mark.parametrize(("name", "moment"), _kills())
+def test_a_signal_at_any_moment_costs_nothing_that_was_computed(name: str, moment: float, unbroken) -> None:
+    mode = RUNS[name][0]
+    words, expected, calls = unbroken(name)
+    words = [*words, "--save_every", "60"]
+    child = run(mode, [*words, "--output", "out.mp4"], kill_at(int(moment * calls) + 1, signal.SIGINT))
+    assert child.code == 130, child.said
+    assert_goes_on(mode, words, expected)
+
+
+def stop_at_row(row: int, number: int) -> Callable[[], None]:
+    """Send the child a signal in the midst of a schedule row, counted over all windows."""
+
+    def begin() -> None:
+        left, run_branches = [row], DiT.run_branches
+
+        def run_or_stop(*args: object, **options: object) -> list[torch.Tensor]:
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), number)
+            return run_branches(*args, **options)
+
+        DiT.run_branches = run_or_stop
+
+    return begin
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_in_the_first_window_saves_its_steps(number: int, code: int, unbroken) -> None:
+    words, expected, _ = unbroken(STORY_RUN)
+    words = [*words, "--save_every", "60", "--output", "out.mp4"]
+    child = run("df", words, stop_at_row(3, number))
+    assert child.code == code, child.said
+    assert child.said.splitlines()[-2:] == [
+        "generate_video_df.py: no frame is finished yet; 2 of 9 steps are saved",
+        "generate_video_df.py: go on with: python generate_video_df.py --resume out.run",
+    ]
+    assert_goes_on("df", words, expected)
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_steps_to_be_saved(unbroken) -> None:
+    words, _, _ = unbroken(STORY_RUN)
+
+    def stop_twice() -> None:
+        stop_at_row(3, signal.SIGINT)()
+        save = Run._save
+
+        def save_or_stop(*args: object) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            save(*args)
+
+        Run._save = save_or_stop
+
+    child = run("df", [*words, "--save_every", "60", "--output", "out.mp4"], stop_twice)
+    assert child.code == 130, child.said
+    assert "no frame was rendered, no file written" in child.said
+    assert not Path("out.run").exists()
+
+
+def test_steps_that_cannot_be_read_are_one_line(unbroken) -> None:
+    words, _, _ = unbroken(STORY_RUN)
+    assert run("df", [*words, "--output", "out.mp4"], stop_at_row(3, signal.SIGINT)).code == 130
+    Path("out.run/steps.safetensors").write_bytes(b"")
+    child = run("df", ["--resume", "out.run"])
+    assert child.code == 1
+    assert "Traceback" not in child.said
+    assert "out.run/steps.safetensors cannot be read" in child.said
 
 
 def limit_files(size: int) -> Callable[[], None]:
@@ -370,7 +439,8 @@ def test_what_cannot_be_gone_on_with_says_why(broken) -> None:
     assert again.code == 2
     assert "an unfinished run lies beside it: go on with --resume out.run" in again.said
     assert "is one of generate_video_df.py: go on with that" in run("t2v", ["--resume", "out.run"]).said
-    assert "it holds no run.json" in run("df", ["--resume", "nowhere.run"]).said
+    Path("empty.run").mkdir()
+    assert "it holds no run.json" in run("df", ["--resume", "empty.run"]).said
     import fcntl
 
     with open("out.run/lock", "a") as lock:

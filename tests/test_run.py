@@ -16,6 +16,7 @@ import skyreels_fast as sf
 from skyreels_fast import _progress, cli
 from skyreels_fast.dit.model import DiT
 from skyreels_fast.run import Run, RunError
+from skyreels_fast.sampling.unipc import UniPC
 
 TEXT = load_golden("text")
 REQUEST = sf.Request(
@@ -95,6 +96,62 @@ def test_teacache_goes_on_from_a_row_that_computes(
     result = pipelines["df"](request, run=tmp_path / "run")
     assert torch.equal(result.frames, whole.frames)
     assert len(block_calls) == (3 if step <= 4 else 2)  # row 0 is not worth saving, row 4 is
+
+
+PLACES = {"the blocks": (DiT, "run_branches"), "the solver, its history overwritten": (UniPC, "step")}
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, place: str, call: int) -> None:
+    """Ctrl-C at the end of the `call`-th call."""
+    owner, name = PLACES[place]
+    method, left = getattr(owner, name), [call]
+
+    def interrupted(*args: object, **options: object) -> object:
+        done = method(*args, **options)
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return done
+
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("step", [1, 2, 5, 9])
+def test_ctrl_c_costs_the_step_in_progress(
+    step: int, place: str, pipelines: dict[str, sf.Pipeline], tmp_path: Path, block_calls: list[None]
+) -> None:
+    whole = pipelines["df"](REQUEST)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, place, step)
+        pipelines["df"](REQUEST, run=Run(tmp_path / "run"))
+    block_calls.clear()
+    result = pipelines["df"](REQUEST, run=tmp_path / "run")
+    assert len(block_calls) == 9 - (step - 1)
+    assert torch.equal(result.frames, whole.frames)
+
+
+def test_ctrl_c_amid_reused_steps_goes_on_from_the_one_that_computed(
+    pipelines: dict[str, sf.Pipeline], tmp_path: Path, block_calls: list[None]
+) -> None:
+    request = replace(ONE_WINDOW, **TEACACHE)
+    whole = pipelines["df"](request)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, "the solver, its history overwritten", 7)
+        pipelines["df"](request, run=Run(tmp_path / "run"))
+    block_calls.clear()
+    assert torch.equal(pipelines["df"](request, run=tmp_path / "run").frames, whole.frames)
+    assert len(block_calls) == 2  # rows 4 and 7
+
+
+def test_what_is_saved_already_is_not_saved_again(pipelines: dict[str, sf.Pipeline], tmp_path: Path) -> None:
+    steps, written = tmp_path / "run" / "steps.safetensors", []
+    for call in (3, 1):  # the second goes on from the very step in which the first was stopped
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupt(patch, "the blocks", call)
+            pipelines["df"](ONE_WINDOW, run=Run(tmp_path / "run"))
+        written.append(steps.stat().st_ino)
+    assert written[0] == written[1]
 
 
 def test_a_long_window_is_saved_now_and_then(pipelines: dict[str, sf.Pipeline], tmp_path: Path) -> None:

@@ -89,11 +89,16 @@ def test_frames_add_up(extend: bool) -> None:
         ({"num_frames": 97, "extend": True}, "needs overlap_history"),
         ({"num_frames": 17, "overlap_history": 17, "extend": True}, "overlap_history=17; give at least 21"),
         ({"num_frames": 97, "overlap_history": 17, "extend": True, "image": True}, "leave one out"),
-        ({"num_frames": 97, "causal_block_size": 2}, "window of 25 .* nearest valid num_frames: 93$"),
+        (
+            {"num_frames": 97, "causal_block_size": 2},
+            "window of 25 .* num_frames: 93 or 101 .with base_num_frames=101.$",
+        ),
         ({"num_frames": 41, "causal_block_size": 5}, "window of 11 .* nearest valid num_frames: 37 or 57"),
         ({"num_frames": 193, "overlap_history": 17, "causal_block_size": 4}, "base_num_frames: 93 or 109"),
         ({"num_frames": 57, "base_num_frames": 17, "overlap_history": 9, "causal_block_size": 2}, "frames: 13 or 21"),
-        ({"num_frames": 9, "base_num_frames": 9, "causal_block_size": 5}, "smaller causal_block_size"),
+        ({"num_frames": 9, "base_num_frames": 9, "causal_block_size": 5}, "frames: 17 .with base_num_frames=17.$"),
+        ({"num_frames": 1, "base_num_frames": 1, "causal_block_size": 2}, "window of 1 latent frame, .*: 5 .with base"),
+        ({"num_frames": 9, "base_num_frames": 1}, "at most 1 frame$"),
         ({"num_frames": 33, "base_num_frames": 21, "overlap_history": 5, "causal_block_size": 2}, "frames: 29 or 37"),
     ],
 )
@@ -120,3 +125,15 @@ def test_advice_on_num_frames_is_valid_and_nearest() -> None:
                 with pytest.raises(ValueError, match="nearest"):
                     plan_windows(between, **settings)
     assert advised > 100
+
+
+def test_advice_past_the_base_is_valid() -> None:
+    for latents, block, image in itertools.product(range(2, 14), range(2, 8), (False, True)):
+        frames, options = pixel_frames(latents), {"causal_block_size": block, "image": image}
+        if latents % block == 0:
+            continue
+        with pytest.raises(ValueError, match=r"\(with base_num_frames") as error:
+            plan_windows(frames, frames, **options)
+        longer, base = map(int, re.findall(r"(\d+) \(with base_num_frames=(\d+)\)$", str(error.value))[0])
+        assert longer == base > frames
+        assert len(plan_windows(longer, base, **options)) == 1

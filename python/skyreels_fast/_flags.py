@@ -160,7 +160,7 @@ FLAGS = {
         Flag("no_cfg_parallel", None, "all GPUs for one branch, then for the other"),
     ),
     "output": (
-        Flag("save_every", "SECONDS", "how often to save a window in progress for --resume (default: 60)"),
+        Flag("save_every", "SECONDS", "how often to save a window in progress (default: 60); a signal saves it, too"),
         Flag("outdir", "NAME", "save as result/NAME/PROMPT_SEED_TIME.mp4 (default: %(default)s)"),
         Flag("output", "FILE", "save as this .mp4 instead, replacing any; the settings go beside it as .json"),
         Flag("resume", "FOLDER", "go on with the broken-off run that left this NAME.run folder beside its NAME.mp4; "

@@ -19,6 +19,7 @@ from ._resume import notes, resume_line
 from ._sidecar import Record
 from ._signals import Stopped, handle_signals
 from ._values import UsageError
+from ._words import counted
 
 if TYPE_CHECKING:
     from .film import Film
@@ -57,7 +58,7 @@ def begin(job: Job, begun: dict[str, Any]) -> None:
     if job.run.mark:
         there = job.path.is_file() if job.run.finished else job.film.go_on(Mark(*job.run.mark))
         if there:
-            print(f"{job.run.mark[1]} of {job.plan.frames} frames are there already", flush=True)
+            print(f"{_share(job, job.run.mark[1])} are there already", flush=True)
         else:
             say(job.program, f"note: {job.path} is not as the run left it, and is made again from what was saved")
             job.run.rewind()
@@ -105,7 +106,7 @@ def _finish(job: Job, code: int, timings: dict[str, float]) -> int:
         say(job.program, f"error: {one_line(error)}")
         code = code or 1
     if not job.film.begun and not job.run.finished:
-        say(job.program, "no frame was rendered, no file written")
+        say(job.program, _what_is_saved(job))
         return _break_off(job, code or 1)
     # What ffmpeg was given need not have reached the file. Never more, should an older file have withstood.
     frames = job.plan.frames if job.run.finished else job.film.frames
@@ -120,12 +121,28 @@ def _finish(job: Job, code: int, timings: dict[str, float]) -> int:
     except OSError as error:
         say(job.program, f"the settings could not be saved beside the video: {one_line(error)}")
     if code:
-        say(job.program, f"{frames} of {job.plan.frames} frames can be played in {job.path}")
+        say(job.program, f"{_share(job, frames)} can be played in {job.path}")
         return _break_off(job, code)
     with contextlib.suppress(OSError):  # what is left of the folder says that the run is finished
         job.run.remove()
-    print(f"{job.path} ({frames} frames, {timings['total']:.1f} s)", flush=True)
+    print(f"{job.path} ({counted(frames, 'frame')}, {timings['total']:.1f} s)", flush=True)
     return code
+
+
+def _share(job: Job, frames: int) -> str:
+    return f"{frames} of {counted(job.plan.frames, 'frame')}"
+
+
+def _what_is_saved(job: Job) -> str:
+    """What there is where no frame has come out."""
+    from .run import RunError
+
+    if not job.run.has_something:
+        return "no frame was rendered, no file written"
+    try:
+        return f"no frame is finished yet; {job.run.rows_saved} of {counted(sum(job.plan.calls), 'step')} are saved"
+    except RunError:  # it ended the run, and has been said
+        return "no frame is finished yet"
 
 
 def _make_plain(job: Job) -> None:
@@ -159,6 +176,7 @@ def _explain(job: Part, stage: str, error: BaseException) -> int:
     from .host_memory import HostMemoryError
     from .media import VideoError
     from .parallel import LeaderError, is_lost_peer
+    from .run import RunError
 
     program = job.program
     if isinstance(error, LeaderError):
@@ -178,7 +196,7 @@ def _explain(job: Part, stage: str, error: BaseException) -> int:
         say(program, f"error: host memory is full while {stage}: {one_line(error)}: close other programs, or set "
              "SKYREELS_FAST_PINNED_GIB to pin less of it")  # fmt: skip
         return 1
-    if isinstance(error, (VideoError, CheckpointError)):
+    if isinstance(error, (VideoError, CheckpointError, RunError)):
         say(program, f"error: {one_line(error)}")
         return 1
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

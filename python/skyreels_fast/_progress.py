@@ -9,6 +9,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from ._words import counted
 from .stages import Progress
 
 STAGES = {
@@ -85,7 +86,8 @@ class ConsoleProgress(Progress):
         self._stage, self._window = "", f"window {index + 1}/{count}"
         self._calls, self._step, self._windows_left = calls, 0, count - index
         if not self._fancy:
-            self._line(f"{self._window}: {calls} steps" if calls else f"{self._window}: {STAGES['decode']} ...")
+            begins = counted(calls, "step") if calls else f"{STAGES['decode']} ..."
+            self._line(f"{self._window}: {begins}")
             return
         if not self._bars:
             self._bars = [self._bar(0, calls)] + ([self._bar(1, self._total)] if count > 1 else [])

@@ -51,7 +51,8 @@ def resumed(folder: str, mode: str, parser: Parser, argv: list[str]) -> argparse
     except RunError as error:
         if not path.exists() and _is_complete(path.with_suffix(".json")):
             raise UsageError(f"--resume {folder!r}: this run is finished: {path.with_suffix('.mp4')}") from None
-        raise UsageError(f"--resume {folder!r}: {error}") from None
+        missing = f"no folder {path}: give the NAME.run that lies beside a broken-off NAME.mp4, or NAME.mp4 itself"
+        raise UsageError(f"--resume {folder!r}: {error if path.exists() else missing}") from None
     if "flags" not in manifest:
         raise UsageError(f"--resume {folder!r}: this run was begun from Python: go on from there")
     if manifest["mode"] != mode:

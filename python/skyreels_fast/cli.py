@@ -68,6 +68,7 @@ def _prepare(program: str, mode: str, argv: list[str]) -> Part | int:
             args.device = own_device(args.device)
         args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
         args.vae_dtype = args.vae_dtype or ("float32" if args.device == "cpu" else "bfloat16")
+        _check_attention(args)
         return _open(program, mode, args, request)
     except (ValueError, OSError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # the others of this host say the same
@@ -103,6 +104,8 @@ def _open(program: str, mode: str, args: argparse.Namespace, request: Request) -
     settings = plan.settings
     for note in plan.notes:
         say(program, f"note: {with_flags(note)}")
+    if args.offload and args.device == "cpu":
+        say(program, "note: --offload has no effect on cpu")
     print(plan.describe(), flush=True)
     if pipe.machine.world is not None:
         print(f"{pipe.machine.world.size} processes: {pipe.machine.layout(plan)}", flush=True)
@@ -144,6 +147,18 @@ def _enhanced(request: Request, prompt: str, device: str, seed: int) -> Request:
     better = enhance(prompt, device=device, seed=seed)
     print(f"original prompt: {prompt}\nenhanced prompt: {better}", flush=True)
     return dataclasses.replace(request, prompt=better, seed=seed)
+
+
+def _check_attention(args: argparse.Namespace) -> None:
+    """Raises UsageError for a backend that is not there."""
+    import torch
+
+    from .ops import choose_attention
+
+    try:
+        choose_attention(args.attention, args.device, getattr(torch, args.dtype))
+    except ValueError as error:
+        raise UsageError(f"--attention {args.attention}: {str(error).removeprefix('attention: ')}") from None
 
 
 def _check_output(args: argparse.Namespace) -> None:

@@ -67,6 +67,7 @@ class Machine:
             heads=self._config.num_heads,
             guided=plan.guided,
             tokens_per_frame=_tokens_per_frame(plan),
+            guidance_scale=plan.settings.guidance_scale,
         )
 
     def team(self, plan: Plan) -> Team:

@@ -212,8 +212,9 @@ class Pipeline:
                 channels = image_channels(vae, pictures["image"], window.latents, team.chain) if i2v else None
             state, noise_state = team.first(partial(_state, run, index, condition_noise))
             condition_noise.set_state(noise_state)
-            progress.window(index, len(plan.windows), plan.calls[index] - (state.row if state else 0))
-            with clock("denoise"), self.placement.use(dit, beside=needs.beside):
+            calls, row = plan.calls[index], state.row if state else 0
+            progress.window(index, len(plan.windows), calls - row)
+            with clock("denoise"), self.placement.use(dit, beside=needs.beside), run.keeper(index, calls, row) as keep:
                 latents = denoise(
                     dit,
                     initial,
@@ -236,7 +237,7 @@ class Pipeline:
                     team=team,
                     on_step=lambda _row: progress.step(),
                     state=state,
-                    on_state=run.keeper(index, plan.calls[index]),
+                    on_state=keep,
                 )[:, :, : window.latents]
             if keep_latents:
                 result.latents.append(latents)

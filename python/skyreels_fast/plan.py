@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from ._words import counted, listed
 from .config import PIXEL_MULTIPLE
-from .prompts import unused, window_prompts
+from .prompts import delayed, unused, window_prompts
 from .request import Settings
 from .sampling.timesteps import Schedule, hold, sigma_schedule, timestep_matrix, timestep_schedule
 from .sampling.windows import Window, latent_frames, plan_windows
@@ -45,10 +46,15 @@ class Plan:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user may want to know, one line each."""
-        late = unused(self.settings.prompts, self.windows, self.source_frames) if self.settings.prompts else []
-        return self.settings.notes + tuple(
-            f"prompts: no window begins while that of frame {frame} holds, so it is never used" for frame in late
-        )
+        notes = list(self.settings.notes)
+        if self.settings.prompts is not None:
+            timing = self.settings.prompts, self.windows, self.source_frames
+            for frame, first in delayed(*timing):
+                where = f"at frame {first}, where the next window begins"
+                notes.append(f"prompts: the prompt of frame {frame} takes effect {where}")
+            for frame in unused(*timing):
+                notes.append(f"prompts: no window begins while that of frame {frame} holds, so it is never used")
+        return tuple(notes)
 
     @cached_property
     def sigmas(self) -> list[float]:
@@ -98,14 +104,22 @@ class Plan:
 
     def describe(self) -> str:
         settings, branches = self.settings, 1 + self.guided
-        latents = ", ".join(str(count) for count in dict.fromkeys(window.latents for window in self.windows))
-        texts = _count(len(set(self.prompts)), "prompt") + ", " if settings.prompts else ""
+        texts = counted(len(set(self.prompts)), "prompt") + ", " if settings.prompts else ""
+        source = f", {self.source_frames} of them the source's" if self.source_frames else ""
         return (
-            f"{settings.mode.upper()} {settings.width}x{settings.height}: {_count(len(self.windows), 'window')} of "
-            f"{latents} latent frames, {_count(settings.inference_steps, 'step')}, {texts}"
-            f"{_count(branches * sum(self.calls), 'model call')}, "
-            f"{_count(self.frames, 'frame')} out ({self.frames / settings.fps:.1f} s at {settings.fps:g} fps)"
+            f"{settings.mode.upper()} {settings.width}x{settings.height}: {counted(len(self.windows), 'window')} of "
+            f"{self._lengths()}, {counted(settings.inference_steps, 'step')}, {texts}"
+            f"{counted(branches * sum(self.calls), 'model call')}, "
+            f"{counted(self.frames, 'frame')} out ({self.frames / settings.fps:.1f} s at {settings.fps:g} fps){source}"
         )
+
+    def _lengths(self) -> str:
+        """The windows' lengths: one where all are alike, else each; those between are left out where they are many."""
+        lengths = [window.latents for window in self.windows]
+        if len(set(lengths)) == 1:
+            return counted(lengths[0], "latent frame")
+        shown = lengths if len(lengths) <= 4 else [lengths[0], "...", *lengths[-2:]]
+        return f"{listed(shown)} latent frames"
 
 
 def _windows(settings: Settings) -> tuple[Window, ...]:
@@ -120,7 +134,3 @@ def _windows(settings: Settings) -> tuple[Window, ...]:
         sliding=settings.ar_step > 0,
         mode=settings.mode,
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ._values import RequestError
+from ._words import counted
 from .sampling.windows import Window
 
 # A prompt a window, or (first frame, prompt) pairs in ascending order, the first at frame 0.
@@ -72,7 +73,7 @@ def window_prompts(prompts: Prompts, windows: Sequence[Window], source_frames: i
     """
     if isinstance(prompts[0], str):
         if len(prompts) > len(windows):
-            counts = f"{_count(len(prompts), 'prompt')} for {_count(len(windows), 'window')}"
+            counts = f"{counted(len(prompts), 'prompt')} for {counted(len(windows), 'window')}"
             fix = f"leave out {len(prompts) - len(windows)}, or make the video longer"
             raise RequestError("prompts", None, f"{counts}: {fix}")
         return prompts + prompts[-1:] * (len(windows) - len(prompts))
@@ -90,6 +91,16 @@ def unused(prompts: Prompts, windows: Sequence[Window], source_frames: int) -> l
     firsts = first_frames(windows, source_frames)
     taken = {_at(prompts, first) for first in firsts}
     return [frame for index, (frame, _) in enumerate(prompts) if index not in taken]
+
+
+def delayed(prompts: Prompts, windows: Sequence[Window], source_frames: int) -> list[tuple[int, int]]:
+    """(its own frame, the first frame of the window that takes it) of each prompt that has to wait for its window."""
+    if isinstance(prompts[0], str):
+        return []
+    firsts = first_frames(windows, source_frames)
+    taken = {prompts[_at(prompts, first)][0]: first for first in reversed(firsts)}
+    # Frame 0 stands for the beginning, also where a source video's frames come before it.
+    return [(frame, taken[frame]) for frame, _ in prompts[1:] if taken.get(frame, frame) != frame]
 
 
 def first_frames(windows: Sequence[Window], source_frames: int) -> list[int]:
@@ -119,7 +130,3 @@ def _fault(pairs: Sequence[tuple[int, str]]) -> str | None:
 
 def _error(path: str | os.PathLike, fix: str) -> RequestError:
     return RequestError("prompts", os.fspath(path), fix)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ._values import RequestError, checked, probe_image, probe_video
+from ._words import listed
 from .config import NEGATIVE_PROMPT, NEGATIVE_PROMPT_DF, RESOLUTIONS
 from .prompts import Prompts, checked_prompts
 
@@ -36,6 +37,8 @@ _DF_ONLY = {
     "addnoise_condition": 0,
     "prompts": None,
 }
+# The same of TeaCache.
+_TEACACHE_ONLY = {"teacache_thresh": None, "use_ret_steps": False, "teacache_coefficients": None}
 _NEEDS = {"height": "width", "width": "height", "end_image": "image", "video": "overlap_history (17 or 37 are usual)"}
 
 
@@ -193,7 +196,7 @@ def resolve(request: Request, *, mode: str, defaults: dict[str, Any], resolution
         context=request.context,
         negative_context=request.negative_context,
         clip_features=request.clip_features,
-        notes=tuple(_notes(request, values["num_frames"])),
+        notes=tuple(_notes(request, mode, values)),
         **values,
     )
 
@@ -215,15 +218,17 @@ def _size(request: Request, defaults: dict[str, Any], hint: str | None) -> tuple
     return (max(height, width), min(height, width)) if portrait else (height, width)
 
 
-def _notes(request: Request, num_frames: int) -> list[str]:
+def _notes(request: Request, mode: str, values: dict[str, Any]) -> list[str]:
     notes = []
     if (request.addnoise_condition or 0) > 60:
         notes.append(f"addnoise_condition={request.addnoise_condition}: above 60 given frames drift; 20 is usual")
-    whole = (num_frames - 1) // 4 * 4 + 1
-    if num_frames != whole:
-        notes.append(f"num_frames={num_frames}: counts as {whole}, since the model makes 4k + 1 frames")
-    if not request.teacache and (request.use_ret_steps or request.teacache_thresh is not None):
-        notes.append("use_ret_steps and teacache_thresh have no effect without teacache")
+    for name in ("num_frames", "base_num_frames") if mode == "df" else ("num_frames",):
+        frames, whole = values[name], (values[name] - 1) // 4 * 4 + 1
+        if frames != whole:
+            notes.append(f"{name}={frames}: counts as {whole}, since the model makes 4k + 1 frames")
+    idle = [name for name, off in _TEACACHE_ONLY.items() if getattr(request, name) not in (None, off)]
+    if idle and not request.teacache:
+        notes.append(f"{listed(idle)} {'has' if len(idle) == 1 else 'have'} no effect without teacache")
     return notes
 
 

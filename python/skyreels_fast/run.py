@@ -16,6 +16,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
@@ -25,6 +26,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ._durable import UNFINISHED, write_json, write_whole
+from ._keeper import Keeper
 from ._signals import Held
 from .identity import difference
 from .sampling.denoise import State
@@ -70,7 +72,7 @@ class Run:
     ) -> None:
         self.directory = None if directory is None else Path(directory)
         self.outlet, self.windows = outlet, 0
-        self._every_s, self._clock, self._saved_at = every_s, clock, clock()
+        self._every_s, self._clock = every_s, clock
         self._manifest: dict[str, Any] | None = None
         self._generators: tuple[torch.Generator, ...] = ()
         self._lock: IO[str] | None = None
@@ -149,9 +151,12 @@ class Run:
         steps = self.directory / _STEPS
         return self._load(steps) if steps.exists() and _read_metadata(steps)["window"] == str(index) else None
 
-    def keeper(self, index: int, rows: int) -> Callable[[State], None] | None:
-        """What `denoise` shall hand its states to: keeps the last of window `index`, others now and then."""
-        return None if self.directory is None else lambda state: self._keep(index, rows, state)
+    def keeper(self, index: int, rows: int, first: int) -> contextlib.AbstractContextManager[Keeper | None]:
+        """A context that gives what window `index`, of so many rows, shall hand its states to after row `first`."""
+        if self.directory is None:
+            return contextlib.nullcontext()
+        save_state = partial(self._save, index, rows)
+        return Keeper(rows, first, self._generators, save_state, self._every_s, self._clock)
 
     @Held()
     def put_out(self, index: int, history: History) -> None:
@@ -200,21 +205,16 @@ class Run:
         finally:
             self.release()
 
-    def _keep(self, index: int, rows: int, state: State) -> None:
+    def _save(self, index: int, rows: int, state: State, generators: list[Tensor]) -> None:
         done = state.row == rows
-        if state.row == 0 or not (done or self._clock() - self._saved_at >= self._every_s):
-            return
-        path = self._window(index) if done else self.directory / _STEPS
-        if done and path.exists():
-            return
-        tensors = {"latents": state.latents} | {f"generator.{i}": g.get_state() for i, g in enumerate(self._generators)}
+        tensors = {"latents": state.latents} | {f"generator.{i}": kept for i, kept in enumerate(generators)}
         if not done:
             tensors |= {f"history.{i}": tensor for i, tensor in enumerate(state.history)}
         metadata = {"window": str(index), "row": str(state.row)}
+        path = self._window(index) if done else self.directory / _STEPS
         write_whole(path, save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, metadata))
         if done:
             (self.directory / _STEPS).unlink(missing_ok=True)
-        self._saved_at = self._clock()
 
     def _load(self, path: Path) -> State:
         tensors, metadata = _read(path)

@@ -77,13 +77,16 @@ def _filled(costs: Sequence[int], bound: int) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], len(costs)], strict=True))
 
 
-def choose_layout(degrees: Degrees, size: int, *, heads: int, guided: bool, tokens_per_frame: int) -> Layout:
+def choose_layout(
+    degrees: Degrees, size: int, *, heads: int, guided: bool, tokens_per_frame: int, guidance_scale: float = 1.0
+) -> Layout:
     """The layout of `size` processes: guidance branches apart where it can be, then as much Ulysses as the heads allow.
 
-    guided: whether the unconditional branch runs. tokens_per_frame: h * w of the model's grid, each process has some.
+    guided: whether the unconditional branch runs at `guidance_scale`. tokens_per_frame: h * w of the model's grid, each
+        process has some.
     Raises ValueError, naming the degrees that work, where there is none as asked.
     """
-    _check(degrees, size, guided)
+    _check(degrees, size, guided, guidance_scale)
     apart = degrees.cfg_parallel if degrees.cfg_parallel is not None else guided and size % 2 == 0
     tried = [2] if degrees.cfg_parallel else [2, 1] if apart else [1]
     for branches in tried:
@@ -97,17 +100,20 @@ def choose_layout(degrees: Degrees, size: int, *, heads: int, guided: bool, toke
     asked = [("--ulysses_degree", degrees.ulysses), ("--ring_degree", degrees.ring)]
     flags = " ".join(f"{flag} {degree}" for flag, degree in asked if degree)
     works = ", ".join(_that_work(size, heads, tried))
-    raise ValueError(f"{flags}: does not fit {heads} heads and {size} processes; ulysses x ring that do: {works}")
+    halves = f", {size // 2} for each guidance branch with --cfg_parallel" if tried == [2] else ""
+    fits = f"{heads} heads and {size} processes{halves}"
+    raise ValueError(f"{flags}: does not fit {fits}; ulysses x ring that do: {works}")
 
 
-def _check(degrees: Degrees, size: int, guided: bool) -> None:
+def _check(degrees: Degrees, size: int, guided: bool, guidance_scale: float) -> None:
     for flag, degree in (("--ulysses_degree", degrees.ulysses), ("--ring_degree", degrees.ring)):
         if degree is not None and degree < 1:
             raise ValueError(f"{flag} {degree}: must be at least 1")
     if degrees.cfg_parallel and size % 2:
         raise ValueError(f"--cfg_parallel: {size} processes do not make two halves; start an even number")
     if degrees.cfg_parallel and not guided:
-        raise ValueError("--cfg_parallel: this guidance_scale leaves a single branch; leave one of them out")
+        scale = f"guidance_scale={guidance_scale:g}"
+        raise ValueError(f"--cfg_parallel: {scale} leaves a single branch; leave one of them out")
 
 
 def _that_work(size: int, heads: int, tried: list[int]) -> list[str]:

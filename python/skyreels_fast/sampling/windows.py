@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from skyreels_fast._words import counted, listed
 from skyreels_fast.config import MODES, VAE_STRIDE
 
 _STRIDE = VAE_STRIDE[0]
@@ -81,7 +82,7 @@ def plan_windows(
     if total > base and not overlap and not sliding:
         raise ValueError(
             f"num_frames={num_frames} is more than base_num_frames={base_num_frames}: give overlap_history "
-            f"(17 or 37 are usual), or at most {pixel_frames(base)} frames"
+            f"(17 or 37 are usual), or at most {counted(pixel_frames(base), 'frame')}"
         )
     lengths = _lengths(total, base, overlap)
     _check_blocks(num_frames, base_num_frames, causal_block_size, overlap, lengths, first_prefix, sliding)
@@ -114,7 +115,7 @@ def _check_values(
         nearest = [1] if overlap_history < 1 else [below, below + _STRIDE]
         raise ValueError(
             f"overlap_history={overlap_history} is not one more than a multiple of {_STRIDE}; "
-            f"nearest valid overlap_history: {_either(nearest)}"
+            f"nearest valid overlap_history: {listed(nearest, 'or')}"
         )
     if latent_frames(overlap_history) >= latent_frames(base_num_frames):
         raise ValueError(
@@ -144,7 +145,7 @@ def _check_blocks(
         nearest = [pixel_frames(n) for n in (below, below + block) if n > overlap]
         raise ValueError(
             f"base_num_frames={base_num_frames} gives windows of {base} latent frames, not a multiple of "
-            f"causal_block_size={block}; nearest valid base_num_frames: {_either(nearest)}"
+            f"causal_block_size={block}; nearest valid base_num_frames: {listed(nearest, 'or')}"
         )
     wrong = [n for n in lengths if n % block]
     if not wrong:
@@ -159,13 +160,11 @@ def _check_blocks(
     reach = base + block
     below = next((n for n in range(total - 1, max(total - reach, 0), -1) if fits(n)), None)
     above = next((n for n in range(total + 1, total + reach + 1) if fits(n)), None)
-    nearest = [pixel_frames(n) for n in (below, above) if n is not None]
-    hint = f"nearest valid num_frames: {_either(nearest)}" if nearest else "give a smaller causal_block_size"
+    nearest = [str(pixel_frames(n)) for n in (below, above) if n is not None]
+    if above is None:  # the next whole block is past the base
+        longer = pixel_frames(-(-total // block) * block)
+        nearest.append(f"{longer} (with base_num_frames={longer})")
     raise ValueError(
-        f"num_frames={num_frames} gives a window of {wrong[0]} latent frames, not a multiple of "
-        f"causal_block_size={block}; {hint}"
+        f"num_frames={num_frames} gives a window of {counted(wrong[0], 'latent frame')}, not a multiple of "
+        f"causal_block_size={block}; nearest valid num_frames: {listed(nearest, 'or')}"
     )
-
-
-def _either(values: list[int]) -> str:
-    return " or ".join(map(str, values))
