@@ -12,8 +12,9 @@ from conftest import GOLDEN, load_golden, rel_l2
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
+import skyreels_fast as sf
 from skyreels_fast.checkpoint import Checkpoint, CheckpointError, fill
-from skyreels_fast.encoders.text import TextEncoder, clean_prompt
+from skyreels_fast.encoders.text import TextEncoder, clean_prompt, unread
 
 WORDS = ["<pad>", "</s>", "<unk>", "▁a", "▁cat", "▁dog", "▁on", "▁the", "▁mat", "▁"]
 
@@ -209,6 +210,27 @@ def test_long_prompts_are_cut_to_512_tokens_and_still_end(tmp_path: Path) -> Non
     (context,) = encoder.encode(["cat " * 600])
     ids = torch.tensor([[4] * 511 + [1]])
     assert torch.equal(context, encoder.encode_ids(ids, torch.ones_like(ids))[0])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "lines"),
+    [
+        ("the cat on  the mat", []),
+        ("", []),
+        ("a zebra on the &amp; zebra", ["prompt 'a zebra on the & zebra': the model does not know 'zebra' or '&'"]),
+        ("cat " * 600, [f"prompt '{'cat ' * 9}c...': only the first 511 of its 600 tokens are read"]),
+        ("cat " * 511, []),
+    ],
+)
+def test_what_a_model_does_not_see_of_a_prompt_is_told(prompt: str, lines: list[str], tmp_path: Path) -> None:
+    assert unread(made(write_tokenizer(tmp_path)).tokenizer, prompt) == lines
+
+
+def test_a_plan_tells_what_the_model_does_not_know() -> None:
+    pipe = sf.Pipeline.from_pretrained("tiny", device="cpu")
+    request = sf.Request(prompts=["a red circle", "a red boat"], num_frames=81, overlap_history=17)
+    assert pipe.plan(request).notes == ("prompt 'a red boat': the model does not know 'boat'",)
+    assert pipe.plan(sf.Request(prompt="a red circle moving right on a black background")).notes == ()
 
 
 def test_what_a_tokenizer_file_says_of_lengths_is_overruled(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from .checkpoint import Checkpoint
 from .config import VAE_STRIDE
 from .dit.context import Context
 from .encoders.image import ImageEncoder
-from .encoders.text import TextEncoder
+from .encoders.text import TextEncoder, unread
 from .placement import Placement
 from .request import Settings
 from .vae import VAE, Chain
@@ -26,8 +26,11 @@ class Conditions:
         self.checkpoint, self.placement, self.dtype = checkpoint, placement, dtype
         self._contexts: dict[str, Tensor] = {}
 
-    def check(self, settings: Settings, guided: bool) -> None:
-        """Raises ValueError for tensors of the wrong shape and for encoders the request needs but the model lacks."""
+    def check(self, settings: Settings, guided: bool, prompts: Sequence[str]) -> list[str]:
+        """What the user may want to know of the prompts, one line each.
+
+        Raises ValueError for tensors of the wrong shape and for encoders the request needs but the model lacks.
+        """
         config = self.checkpoint.config
         for name in ("context", "negative_context"):
             context = getattr(settings, name)
@@ -36,19 +39,18 @@ class Conditions:
                     f"{name}: shape {tuple(context.shape)} is not [n, {config.text_dim}] with n from 1 to "
                     f"{config.text_len}"
                 )
-        if settings.context is None or (guided and settings.negative_context is None):
-            TextEncoder.check(self.checkpoint)
+        texts = self._texts(settings, guided, prompts)
+        tokenizer = TextEncoder.check(self.checkpoint) if texts else None
         if settings.mode == "i2v" and settings.clip_features is None:
             ImageEncoder.check(self.checkpoint)
+        return [line for text in texts for line in unread(tokenizer, text)]
 
     def texts(self, settings: Settings, guided: bool, prompts: Sequence[str]) -> list[list[Tensor]]:
         """For each of the prompts the conditional and, if guided, the unconditional context, each [1, n, text_dim].
 
         They are on the host, one tensor for each distinct text.
         """
-        wanted = dict.fromkeys(prompts if settings.context is None else ())
-        if guided and settings.negative_context is None:
-            wanted[settings.negative_prompt] = None
+        wanted = self._texts(settings, guided, prompts)
         if wanted.keys() - self._contexts.keys():
             self._contexts = dict(zip(wanted, self._encode(list(wanted)), strict=True))
         texts = {prompt: context[None] for prompt, context in self._contexts.items()}
@@ -58,6 +60,14 @@ class Conditions:
         if negative is None:
             negative = texts.get(settings.negative_prompt)
         return [[texts[prompt] if own is None else own, *([negative] if guided else [])] for prompt in prompts]
+
+    @staticmethod
+    def _texts(settings: Settings, guided: bool, prompts: Sequence[str]) -> dict[str, None]:
+        """The distinct texts to encode."""
+        wanted = dict.fromkeys(prompts if settings.context is None else ())
+        if guided and settings.negative_context is None:
+            wanted[settings.negative_prompt] = None
+        return wanted
 
     def image_tokens(self, settings: Settings, pictures: dict[str, Tensor]) -> Tensor | None:
         """CLIP tokens [1, 257, 1280] of an I2V request's image."""

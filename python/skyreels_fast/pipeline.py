@@ -137,7 +137,8 @@ class Pipeline:
         if source and (fault := source.break_after(source_frames)):
             settings = replace(settings, notes=(*settings.notes, f"video={str(request.video)!r}: {fault}"))
         plan = Plan.of(settings, source_frames)
-        self.conditions.check(settings, plan.guided)
+        notes = self.conditions.check(settings, plan.guided, plan.prompts)
+        plan = replace(plan, settings=replace(settings, notes=(*settings.notes, *notes)))
         self._teacache(settings)
         self.machine.check(plan)
         return plan

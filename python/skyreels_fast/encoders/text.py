@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import UMT5Config, UMT5EncoderModel
 
+from .._words import listed
 from ..config import TransformerConfig
+
+_SHOWN = 40  # characters of a prompt, in a line about it
 
 
 class Checkpoint(Protocol):
@@ -58,6 +61,20 @@ def clean_prompt(prompt: str) -> str:
 
     mended = html.unescape(html.unescape(ftfy.fix_text(prompt)))
     return re.sub(r"\s+", " ", mended).strip()
+
+
+def unread(tokenizer: Tokenizer, prompt: str) -> list[str]:
+    """What a model does not see of a prompt, a line each: words its tokenizer does not have, tokens past the last."""
+    text = clean_prompt(prompt)
+    encoding, unknown = tokenizer.encode(text), tokenizer.token_to_id("<unk>")
+    spans = [span for token, span in zip(encoding.ids, encoding.offsets, strict=True) if token == unknown]
+    words = list(dict.fromkeys(repr(text[start:stop]) for start, stop in spans))
+    shown = text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+    lines = [f"prompt {shown!r}: the model does not know {listed(words, 'or')}"] if words else []
+    read, *rest = (part.special_tokens_mask.count(0) for part in (encoding, *encoding.overflowing))
+    if rest:
+        lines.append(f"prompt {shown!r}: only the first {read} of its {read + sum(rest)} tokens are read")
+    return lines
 
 
 class TextEncoder(nn.Module):
@@ -111,12 +128,15 @@ class TextEncoder(nn.Module):
         return encoder
 
     @classmethod
-    def check(cls, checkpoint: Checkpoint) -> None:
+    def check(cls, checkpoint: Checkpoint) -> Tokenizer:
         """Find what is wrong with a checkpoint's text encoder or its tokenizer from headers alone, loading nothing.
 
+        Returns the tokenizer.
         Raises ValueError, in one line, where tensors are missing, unknown or misshapen, the tokenizer cannot be read or
         has more tokens than the encoder, or the contexts are not text_dim wide.
         """
+
+        tokenizers = []
 
         def make(weights: dict[str, Tensor], settings: dict) -> TextEncoder:
             config = checkpoint.config
@@ -126,9 +146,11 @@ class TextEncoder(nn.Module):
                 raise ValueError(f"its contexts are {width} wide, the transformer's text_dim is {config.text_dim}")
             if (tokens := encoder.tokenizer.get_vocab_size()) > rows:
                 raise ValueError(f"its tokenizer has {tokens} tokens, its token embedding {rows} rows")
+            tokenizers.append(encoder.tokenizer)
             return encoder
 
         checkpoint.check_encoder("text_encoder", make)
+        return tokenizers[0]
 
     def name_in_checkpoint(self, name: str) -> str:
         """A name as `renamed` gives it → the name in the checkpoint."""
