@@ -66,6 +66,22 @@ def choose(op: str, backend: str | None, device_type: str, offered: tuple[str, .
     return backend
 
 
+def choose_kernel(
+    op: str, backend: str | None, offered: tuple[str, ...], refusal: str | None, *tensors: Tensor | None
+) -> str:
+    """`choose` for the device of the first tensor; where nothing was asked for, "ref" for what kernels cannot do.
+
+    refusal: what they take and these tensors are not, or None. Nor do they take what autograd follows. Raises
+    ValueError as `choose` does, and for a kernel that is asked for and refuses.
+    """
+    chosen = choose(op, backend, tensors[0].device.type, offered)
+    if backend is None:
+        return "ref" if refusal or needs_grad(*tensors) else chosen
+    if chosen != "ref" and refusal:
+        raise ValueError(f"{op}: backend {backend!r} takes {refusal}; use 'ref'")
+    return chosen
+
+
 def check_backend(op: str, backend: str | None, offered: tuple[str, ...]) -> None:
     """Raises ValueError for a name that is no backend of `op`, wherever it runs."""
     if backend is not None and backend not in offered:

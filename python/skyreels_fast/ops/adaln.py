@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from skyreels_fast.ops import _adaln_kernels as kernels
-from skyreels_fast.ops._dispatch import check_tensors, choose, needs_grad
+from skyreels_fast.ops._dispatch import check_tensors, choose_kernel
 
 BACKENDS = ("triton", "ref")
 
@@ -158,19 +158,16 @@ def _math_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def _choose(name: str, backend: str | None, named: dict[str, Tensor | None], results: dict[str, torch.dtype]) -> str:
-    """`choose`; where nothing was asked for "ref" for what kernels cannot do. The first of `named` is [B, L, D]."""
+    """`choose_kernel` of checked tensors, the first of which is [B, L, D]."""
     check_tensors(name, **named, **results)
     x, *_ = tensors = [tensor for tensor in named.values() if tensor is not None]
-    chosen = choose(name, backend, x.device.type, BACKENDS)
     dtypes = [*(tensor.dtype for tensor in tensors), *results.values()]
-    wrong = [dtype for dtype in dtypes if dtype not in kernels.DTYPES]
-    if backend is None:
-        return "ref" if wrong or x.shape[-1] > kernels.MAX_DIM or needs_grad(*tensors) else chosen
-    if chosen != "ref" and wrong:
-        raise ValueError(f"{name}: backend {backend!r} takes float32, float16 and bfloat16, not {wrong[0]}; use 'ref'")
-    if chosen != "ref" and x.shape[-1] > kernels.MAX_DIM:
-        raise ValueError(f"{name}: backend {backend!r} takes D up to {kernels.MAX_DIM}, not {x.shape[-1]}; use 'ref'")
-    return chosen
+    refusal = None
+    if wrong := [dtype for dtype in dtypes if dtype not in kernels.DTYPES]:
+        refusal = f"float32, float16 and bfloat16, not {wrong[0]}"
+    elif x.shape[-1] > kernels.MAX_DIM:
+        refusal = f"D up to {kernels.MAX_DIM}, not {x.shape[-1]}"
+    return choose_kernel(name, backend, BACKENDS, refusal, *tensors)
 
 
 def _check_tokens(name: str, x: Tensor, **others: Tensor | None) -> None:

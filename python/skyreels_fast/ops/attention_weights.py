@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from skyreels_fast.ops._dispatch import check_tensors, choose, jit, needs_grad, tl, triton
+from skyreels_fast.ops._dispatch import check_tensors, choose_kernel, jit, tl, triton
 from skyreels_fast.ops.qk_norm_rope3d import qk_norm_ref
 
 BACKENDS = ("triton", "ref")
@@ -156,20 +156,13 @@ def _check(q: Tensor, k: Tensor, log_counts: Tensor | None, norm_weight: Tensor 
             raise ValueError(f"{_NAME}: {label} must be [{size}], not {list(vector.shape)}")
 
 
-def _choose(backend: str | None, *tensors: Tensor | None) -> str:
-    """`choose`; where nothing was asked for "ref" for what the kernel cannot do."""
-    q, k, *_ = tensors
-    chosen = choose(_NAME, backend, q.device.type, BACKENDS)
-    refusal = None
+def _refusal(q: Tensor, k: Tensor) -> str | None:
+    """What the kernel takes and these are not, or None."""
     if q.dtype not in _KERNEL_DTYPES:
-        refusal = f"float16 and bfloat16, not {q.dtype}"
-    elif q.shape[3] > MAX_CHANNELS or k.shape[1] > MAX_KEYS:
-        refusal = f"heads of up to {MAX_CHANNELS} channels and {MAX_KEYS} keys, not {q.shape[3]} and {k.shape[1]}"
-    if backend is None:
-        return "ref" if refusal or needs_grad(*tensors) else chosen
-    if chosen != "ref" and refusal:
-        raise ValueError(f"{_NAME}: backend {backend!r} takes {refusal}; use 'ref'")
-    return chosen
+        return f"float16 and bfloat16, not {q.dtype}"
+    if q.shape[3] > MAX_CHANNELS or k.shape[1] > MAX_KEYS:
+        return f"heads of up to {MAX_CHANNELS} channels and {MAX_KEYS} keys, not {q.shape[3]} and {k.shape[1]}"
+    return None
 
 
 def attention_weights(
@@ -189,7 +182,8 @@ def attention_weights(
     or does not take them.
     """
     _check(q, k, log_counts, norm_weight)
-    if _choose(backend, q, k, log_counts, norm_weight) == "ref":
+    tensors = (q, k, log_counts, norm_weight)
+    if choose_kernel(_NAME, backend, BACKENDS, _refusal(q, k), *tensors) == "ref":
         math_dtype = torch.promote_types(q.dtype, torch.float32)
         return attention_weights_ref(q, k, log_counts, norm_weight=norm_weight, eps=eps, math_dtype=math_dtype)
-    return _attention_weights(q, k, log_counts, norm_weight, eps)
+    return _attention_weights(*tensors, eps)

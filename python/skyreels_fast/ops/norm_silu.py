@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from skyreels_fast.ops._dispatch import check_tensors, choose, jit, needs_grad, tl, triton
+from skyreels_fast.ops._dispatch import check_tensors, choose_kernel, jit, tl, triton
 
 BACKENDS = ("triton", "ref")
 _EPS = 1e-12
@@ -71,20 +71,17 @@ def _norm_silu_kernel(
 
 
 def _choose(backend: str | None, x: Tensor, gamma: Tensor) -> str:
-    """`choose`; where nothing was asked for "ref" for what the kernel cannot do."""
+    """`choose_kernel` of tensors that it checks."""
     name = "norm_silu"
     if x.dim() < 2 or gamma.shape != x.shape[-1:]:
         raise ValueError(f"{name}: gamma must be [C] for x [..., C], not {list(gamma.shape)} for {list(x.shape)}")
     check_tensors(name, x=x, gamma=gamma)
-    chosen = choose(name, backend, x.device.type, BACKENDS)
-    wrong = [tensor.dtype for tensor in (x, gamma) if tensor.dtype not in _KERNEL_DTYPES]
-    if backend is None:
-        return "ref" if wrong or x.shape[-1] > _MAX_CHANNELS or needs_grad(x, gamma) else chosen
-    if chosen != "ref" and wrong:
-        raise ValueError(f"{name}: backend {backend!r} takes float32, float16 and bfloat16, not {wrong[0]}; use 'ref'")
-    if chosen != "ref" and x.shape[-1] > _MAX_CHANNELS:
-        raise ValueError(f"{name}: backend {backend!r} takes C up to {_MAX_CHANNELS}, not {x.shape[-1]}; use 'ref'")
-    return chosen
+    refusal = None
+    if wrong := [tensor.dtype for tensor in (x, gamma) if tensor.dtype not in _KERNEL_DTYPES]:
+        refusal = f"float32, float16 and bfloat16, not {wrong[0]}"
+    elif x.shape[-1] > _MAX_CHANNELS:
+        refusal = f"C up to {_MAX_CHANNELS}, not {x.shape[-1]}"
+    return choose_kernel(name, backend, BACKENDS, refusal, x, gamma)
 
 
 @torch.library.custom_op("skyreels_fast::norm_silu", mutates_args=())

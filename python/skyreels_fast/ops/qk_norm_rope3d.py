@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from skyreels_fast.ops import _qk_norm_rope3d_operators as operators
-from skyreels_fast.ops._dispatch import check_tensors, choose, needs_grad
+from skyreels_fast.ops._dispatch import check_tensors, choose_kernel
 
 Grid = tuple[int, int, int]
 
+BACKENDS = ("cuda", "triton", "ref")
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_CHANNELS, _MAX_HEAD_CHANNELS = 8192, 512
 
@@ -151,16 +152,13 @@ def _share_memory(q: Tensor, k: Tensor) -> bool:
 def _choose(name: str, backend: str | None, x: Tensor, *others: Tensor) -> str:
     heads, head_dim = x.shape[2:]
     fits = head_dim % 2 == 0 and 0 < head_dim <= _MAX_HEAD_CHANNELS and 0 < heads * head_dim <= _MAX_CHANNELS
-    taken = fits and x.dtype in _KERNEL_DTYPES
-    if backend is None and (not taken or needs_grad(x, *others)):
-        return "ref"
-    backend = choose(name, backend, x.device.type)
-    if backend != "ref" and not taken:
-        raise ValueError(
-            f"{name}: backend {backend!r} takes float32, float16 and bfloat16, heads of an even size up to "
-            f"{_MAX_HEAD_CHANNELS} and up to {_MAX_CHANNELS} channels, not {x.dtype} {list(x.shape)}; use 'ref'"
+    refusal = None
+    if not fits or x.dtype not in _KERNEL_DTYPES:
+        refusal = (
+            f"float32, float16 and bfloat16, heads of an even size up to {_MAX_HEAD_CHANNELS} and up to "
+            f"{_MAX_CHANNELS} channels, not {x.dtype} {list(x.shape)}"
         )
-    return backend
+    return choose_kernel(name, backend, BACKENDS, refusal, x, *others)
 
 
 def qk_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, backend: str | None = None) -> Tensor:
