@@ -137,16 +137,17 @@ class CrossAttention(nn.Module):
         return qk_norm(k, norm.weight, eps=self.eps), v.contiguous()
 
     def forward(self, x: Tensor, keys_values: KeysValues, attend: Attend) -> Tensor:
-        if len(keys_values) == 1 and keys_values[0].log_counts is not None:
-            return self._sum_projected(self._weights(self._query(x), keys_values[0]), keys_values[0].v)
-        return self.o(self._attended(x, keys_values, attend).flatten(2))
+        text, *image = keys_values
+        if image or text.log_counts is None:
+            return self.o(self._attended(x, keys_values, attend).flatten(2))
+        weights = attention_weights(
+            self._query(x), text.k, text.log_counts, norm_weight=self.norm_q.weight, eps=self.eps
+        )
+        return self._sum_projected(weights, text.v)
 
     def _query(self, x: Tensor) -> Tensor:
+        """[B, L, N, Dh], without its norm."""
         return self.q(x).unflatten(-1, (self.heads, -1))
-
-    def _weights(self, q: Tensor, pair: Pair) -> Tensor:
-        """[B, L, N, n] of a query that is still without its norm."""
-        return attention_weights(q, pair.k, pair.log_counts, norm_weight=self.norm_q.weight, eps=self.eps)
 
     def _sum_projected(self, weights: Tensor, v: Tensor) -> Tensor:
         """`o` of what weights [B, L, N, n] sum up of v [B, n, N, Dh]: w (v W^T) has n / Dh of the work of (w v) W^T.
@@ -161,14 +162,14 @@ class CrossAttention(nn.Module):
         return torch.baddbmm(self.o.bias, rows, projected)
 
     def _attended(self, x: Tensor, keys_values: KeysValues, attend: Attend) -> Tensor:
-        q, out = self._query(x), None
-        text = keys_values[0]
-        if text.log_counts is not None:
-            out = torch.einsum("blhn,bnhd->blhd", self._weights(q, text), text.v)
-        q = qk_norm(q, self.norm_q.weight, eps=self.eps)
-        for k, v, _ in keys_values[out is not None :]:
-            seen = attend(q, k, v)
-            out = seen if out is None else seen + out  # in the order of `seen`, heads of a token side by side
+        q, out = qk_norm(self._query(x), self.norm_q.weight, eps=self.eps), None
+        for k, v, log_counts in keys_values:
+            if log_counts is None:
+                seen = attend(q, k, v)
+            else:
+                seen = torch.einsum("blhn,bnhd->blhd", attention_weights(q, k, log_counts), v)
+            # In the order of attention's result, heads of a token side by side; the text comes first.
+            out = seen if out is None else seen + out
         return out
 
 
