@@ -171,9 +171,8 @@ def main(argv: list[str] | None = None) -> int:
     out = harness.output_file(args.out, "algorithms", device)
     print(harness.provenance(device))
     for product in products():
-        for row in rows_of(product, device, args.seconds):
-            print(line(row), flush=True)
-            harness.append(out, row | harness.common(device))
+        rows = rows_of(product, device, args.seconds)
+        harness.keep((row | harness.common(device) for row in rows), line, out)
     return 0
 
 

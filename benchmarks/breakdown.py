@@ -133,9 +133,8 @@ def main(argv: list[str] | None = None) -> int:
     for model in args.model or WIDTHS:
         copy_gbps = harness.copy_gbps(device)
         kernels, forward_ms = measure(model, device, args.forwards)
-        for row in rows_of(model, kernels, forward_ms, copy_gbps):
-            print(line(row), flush=True)
-            harness.append(out, row | harness.common(device))
+        rows = rows_of(model, kernels, forward_ms, copy_gbps)
+        harness.keep((row | harness.common(device) for row in rows), line, out)
         torch.cuda.empty_cache()
     return 0
 

@@ -93,9 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     out = harness.output_file(args.out, "fidelity", device)
     print(harness.provenance(device))
     try:
-        for row in rows_of(device):
-            print(line(row), flush=True)
-            harness.append(out, row | harness.common(device))
+        harness.keep((row | harness.common(device) for row in rows_of(device)), line, out)
     except ImportError as error:
         print(
             f"error: photographs need scikit-image ({error}): pip install '.[bench]'",

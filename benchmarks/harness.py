@@ -12,7 +12,7 @@ import platform
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import lru_cache
@@ -208,6 +208,13 @@ def append(file: Path | None, row: dict[str, Any]) -> None:
         out.write(line)
         out.flush()
         os.fsync(out.fileno())
+
+
+def keep(rows: Iterable[dict[str, Any]], line: Callable[[dict[str, Any]], str], file: Path | None) -> None:
+    """Print each row as its `line` and `append` it, as soon as it is there."""
+    for row in rows:
+        print(line(row), flush=True)
+        append(file, row)
 
 
 def _rounded(value: Any) -> Any:

@@ -133,9 +133,7 @@ def main(argv: list[str] | None = None) -> int:
             for dim in args.dim:
                 for case in CASES[family](grid, dim, args.head_dim, getattr(torch, args.dtype), device):
                     timings, refused = measured(case, device, compile=not args.no_compile)
-                    for row in rows_of(case, timings, copy_gbps, device):
-                        print(line(row), flush=True)
-                        harness.append(out, row)
+                    harness.keep(rows_of(case, timings, copy_gbps, device), line, out)
                     if refused:
                         print(*refused, sep="\n", flush=True)
                     all_refused += refused

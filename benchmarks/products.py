@@ -155,9 +155,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{harness.provenance(device)}; * as the forward takes it")
     with torch.inference_mode():
         for model in args.model or WIDTHS:
-            for row in rows_of(model, args.tokens, device, getattr(torch, args.dtype), args.seconds):
-                print(line(row), flush=True)
-                harness.append(out, row)
+            rows = rows_of(model, args.tokens, device, getattr(torch, args.dtype), args.seconds)
+            harness.keep(rows, line, out)
     return 0
 
 

@@ -135,9 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{harness.provenance(device)}; rows go to {out or 'the terminal alone: give --out FILE to keep them'}")
     torch.backends.cudnn.benchmark = True
     with torch.inference_mode():
-        for row in rows_of((int(height), int(width)), getattr(torch, args.dtype), device):
-            print(line(row), flush=True)
-            harness.append(out, row)
+        harness.keep(rows_of((int(height), int(width)), getattr(torch, args.dtype), device), line, out)
     return 0
 
 
