@@ -138,7 +138,8 @@ class Pipeline:
             settings = replace(settings, notes=(*settings.notes, f"video={str(request.video)!r}: {fault}"))
         plan = Plan.of(settings, source_frames)
         notes = self.conditions.check(settings, plan.guided, plan.prompts)
-        plan = replace(plan, settings=replace(settings, notes=(*settings.notes, *notes)))
+        if notes:  # a new plan lays out its schedules anew
+            plan = replace(plan, settings=replace(settings, notes=(*settings.notes, *notes)))
         self._teacache(settings)
         self.machine.check(plan)
         return plan

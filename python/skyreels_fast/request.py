@@ -11,6 +11,7 @@ from ._values import RequestError, checked, probe_image, probe_video
 from ._words import listed
 from .config import NEGATIVE_PROMPT, NEGATIVE_PROMPT_DF, RESOLUTIONS
 from .prompts import Prompts, checked_prompts
+from .sampling.windows import latent_frames, pixel_frames
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -223,7 +224,7 @@ def _notes(request: Request, mode: str, values: dict[str, Any]) -> list[str]:
     if (request.addnoise_condition or 0) > 60:
         notes.append(f"addnoise_condition={request.addnoise_condition}: above 60 given frames drift; 20 is usual")
     for name in ("num_frames", "base_num_frames") if mode == "df" else ("num_frames",):
-        frames, whole = values[name], (values[name] - 1) // 4 * 4 + 1
+        frames, whole = values[name], pixel_frames(latent_frames(values[name]))
         if frames != whole:
             notes.append(f"{name}={frames}: counts as {whole}, since the model makes 4k + 1 frames")
     idle = [name for name, off in _TEACACHE_ONLY.items() if getattr(request, name) not in (None, off)]
