@@ -132,13 +132,13 @@ def test_teacache_computes_the_row_where_a_block_starts(dit: DiT, computed: list
 def test_past_gives_all_keys_and_overwrites_what_is_not_kept() -> None:
     past = Past(4)
     k, v = (torch.randn(1, 6, 2, 4) for _ in range(2))  # three frames of two tokens
-    keys, values = past.extend(0, k, v, 3)
+    keys, values = past.keys(0, k, 3), past.values(0, v, 3)
     assert torch.equal(keys, k) and torch.equal(values, v)
     past.keep(1)
     new_k, new_v = (torch.randn(1, 6, 2, 4) for _ in range(2))
-    keys, values = past.extend(0, new_k, new_v, 3)
+    keys, values = past.keys(0, new_k, 3), past.values(0, new_v, 3)
     assert torch.equal(keys, torch.cat([k[:, :2], new_k], 1)) and torch.equal(values, torch.cat([v[:, :2], new_v], 1))
-    assert Past.nbytes(1, 8, 8, 4) == sum(kept.untyped_storage().nbytes() for kept in past._kept[0])
+    assert Past.nbytes(1, 8, 8, 4) == sum(kept.untyped_storage().nbytes() for kept in (keys, values))
 
 
 def test_keys_are_kept_for_causal_attention_alone(dit: DiT) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -87,6 +88,32 @@ def test_blocks_and_attention_may_be_handed_in() -> None:
     out = dit.run_blocks(x, e0, context, grid, causal_block_size=3, blocks=iter(dit.blocks), attend=attend)
     assert rel_l2(out, expected) < 1e-5
     assert seen == [((1, 16, 2, 24), 12)] * 2
+
+
+@torch.inference_mode()
+def test_attention_may_begin_before_there_are_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that q and k are under way while v is computed."""
+    dit, order = small(), []
+    context = dit.encode_context(torch.randn(1, 4, 12))
+    x, _, e0, grid = dit.embed(torch.randn(1, 16, 4, 4, 4), torch.tensor([300]))
+    expected = dit.run_blocks(x, e0, context, grid, causal_block_size=3)
+    qkv = [block.self_attn.qkv.weight for block in dit.blocks]
+    linear = torch.nn.functional.linear
+
+    def spied(given: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        of_qkv = any(weight.untyped_storage().data_ptr() == own.untyped_storage().data_ptr() for own in qkv)
+        order.extend(["product"] * of_qkv)
+        return linear(given, weight, bias)
+
+    class Attend:
+        def begin(self, q: Tensor, k: Tensor, *, block_tokens: int | None) -> Callable[[Tensor], Tensor]:
+            order.append("begun")
+            return lambda v: ops.attention(q, k, v, block_tokens=block_tokens)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", spied)
+    out = dit.run_blocks(x, e0, context, grid, causal_block_size=3, attend=Attend())
+    assert torch.equal(out, expected)
+    assert order == ["product", "product", "begun", "product"] * 2
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 8, 100, 126, 127])

@@ -21,6 +21,7 @@ from skyreels_fast.parallel.layout import cut, slices
 from skyreels_fast.parallel.ring import RingBuffers, merge
 from skyreels_fast.parallel.sequence import SequenceAttention
 from skyreels_fast.parallel.team import Team
+from skyreels_fast.parallel.ulysses import contiguous
 from skyreels_fast.vae import VAE, tiles
 from skyreels_fast.vae.chain import stages_of
 from skyreels_fast.vae.layers import flow
@@ -83,6 +84,19 @@ def test_half_precision_is_rounded_no_more_often_than_the_ring_is_long() -> None
     for own, expected in together(4, _attend_sharded, Layout(2, 2), 3, 8, None, 3, torch.bfloat16):
         assert own.dtype == torch.bfloat16
         assert rel_l2(own, expected) < 2 * 2**-8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("channels", [6, 8])
+def test_contiguous_is_torchs(channels: int, dtype: torch.dtype) -> None:
+    """Whatever the strides, and whether elements of 16 bytes fit or not."""
+    x = torch.randn(3, 4, 6, channels, dtype=dtype)
+    x.view(torch.int16)[0, 0, 0, 0] = 0x7FA5  # in bfloat16, a NaN with bits of its own
+    for given in (x, x.transpose(0, 2), x[:, 1:, ::2], x[..., 1:], x.mT, x.flatten()[1:].unfold(0, channels, 3), x[:0]):
+        found = contiguous(given)
+        assert found.is_contiguous()
+        assert found.shape == given.shape
+        assert torch.equal(found.view(torch.int16), given.contiguous().view(torch.int16))
 
 
 def _attend_in_turn(rank: int) -> list[tuple[Tensor, Tensor]]:

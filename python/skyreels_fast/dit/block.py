@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from skyreels_fast.ops import (
 )
 
 # Called as ops.attention: attend(q, k, v, block_tokens=...), and for a context none of whose keys is counted,
-# attend(q, k, v).
+# attend(q, k, v). One that sends q and k elsewhere may have begin(q, k, block_tokens=...), which returns what takes v.
 Attend = Callable[..., Tensor]
 Grid = tuple[int, int, int]
 
@@ -97,17 +98,27 @@ class SelfAttention(nn.Module):
     def _attended(self, x: Tensor, places: Places, index: int, attend: Attend) -> Tensor:
         """[B, L, N, Dh]; queries, keys and values are gone before the output's projection takes its memory."""
         # Three products: attention is faster on values of their own, and q and k can be rotated where they lie.
-        layers = (_linear_with_room, functional.linear, functional.linear)
-        parts = zip(layers, self.qkv.weight.chunk(3), self.qkv.bias.chunk(3), strict=True)
-        q, k, v = (layer(x, *part).unflatten(-1, (self.heads, -1)) for layer, *part in parts)
+        q_part, k_part, v_part = zip(self.qkv.weight.chunk(3), self.qkv.bias.chunk(3), strict=True)
+        q = self._by_head(_linear_with_room(x, *q_part))
+        k = self._by_head(functional.linear(x, *k_part))
         rotate = qk_norm_rope3d if torch.is_grad_enabled() else qk_norm_rope3d_
         q, k = rotate(
             q, k, self.norm_q.weight, self.norm_k.weight, places.grid,
             eps=self.eps, token_range=places.token_range, frame_offset=places.frame_offset,
         )  # fmt: skip
         if places.past is not None:
-            k, v = places.past.extend(index, k, v, places.grid[0])
-        return attend(q, k, v, block_tokens=places.block_tokens)
+            k = places.past.keys(index, k, places.grid[0])
+        # Else all of it is left until v is there.
+        begin = getattr(attend, "begin", partial(partial, attend))
+        end = begin(q, k, block_tokens=places.block_tokens)
+        del q, k
+        v = self._by_head(functional.linear(x, *v_part))
+        if places.past is not None:
+            v = places.past.values(index, v, places.grid[0])
+        return end(v)
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1))
 
 
 class CrossAttention(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -10,29 +9,33 @@ class Past:
     """The self-attention keys and values of a video's first frames, for every block of a DiT.
 
     What a frame's keys and values depend on are the frames it sees, so those of leading causal blocks are fixed once
-    these blocks are finished. A call then computes the later frames alone, and `extend` gives them all keys.
+    these blocks are finished. A call then computes the later frames alone, and gets all keys from here.
 
     frames: how many are kept. max_frames: of the whole video, for which there is room.
     """
 
     def __init__(self, max_frames: int) -> None:
         self.frames, self.max_frames = 0, max_frames
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
-        self._per_frame = 0
+        self._keys: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
 
-    def extend(self, index: int, k: Tensor, v: Tensor, frames: int) -> tuple[Tensor, Tensor]:
-        """The keys and values of the kept frames, then k and v [B, L, N, Dh] of the `frames` after them, in DiT block
-        `index`. Those of frames not yet kept are overwritten by the next call."""
-        self._per_frame = k.shape[1] // frames
-        if index not in self._kept:
-            shape = (k.shape[0], self.max_frames * self._per_frame, *k.shape[2:])
-            self._kept[index] = torch.empty(shape, dtype=k.dtype, device=k.device), v.new_empty(shape)
-        start = self.frames * self._per_frame
-        stop = start + k.shape[1]
-        for kept, new in zip(self._kept[index], (k, v), strict=True):
-            kept[:, start:stop] = new
-        keys, values = self._kept[index]
-        return keys[:, :stop], values[:, :stop]
+    def keys(self, index: int, k: Tensor, frames: int) -> Tensor:
+        """The keys of the kept frames, then k [B, L, N, Dh] of the `frames` after them, in DiT block `index`. Those of
+        frames not yet kept are overwritten by the next call."""
+        return self._extended(self._keys, index, k, frames)
+
+    def values(self, index: int, v: Tensor, frames: int) -> Tensor:
+        """As `keys`, of the values."""
+        return self._extended(self._values, index, v, frames)
+
+    def _extended(self, kept: dict[int, Tensor], index: int, new: Tensor, frames: int) -> Tensor:
+        per_frame = new.shape[1] // frames
+        if index not in kept:
+            kept[index] = new.new_empty(new.shape[0], self.max_frames * per_frame, *new.shape[2:])
+        start = self.frames * per_frame
+        stop = start + new.shape[1]
+        kept[index][:, start:stop] = new
+        return kept[index][:, :stop]
 
     def keep(self, frames: int) -> None:
         """Have the first `frames` of the video fixed from now on; the last call computed those not kept before."""
