@@ -189,6 +189,27 @@ def attention_weights(grid: Grid, dim: int, head_dim: int, dtype: torch.dtype, d
     yield _case(room, "attention_weights", args, cost, grid, parts=parts)
 
 
+def merge_attention(grid: Grid, dim: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    """As the last step of a ring of two has it."""
+    room = importlib.import_module("skyreels_fast.ops.merge_attention")
+    tokens, heads = grid[0] * grid[1] * grid[2], dim // head_dim
+    shape = (1, tokens, heads, head_dim)
+    args: Args = {name: _draw(device, dtype, *shape) for name in ("out", "more")}
+    args |= {name: _draw(device, torch.float32, 1, heads, tokens) for name in ("lse", "more_lse")}
+    args |= {"out_dtype": dtype}
+    rows = torch.linspace(0, tokens - 1, min(CHECKED_FRAMES * CHECKED_ROWS, tokens), device=device).long()
+
+    def cut(value: Any) -> Any:
+        """Some tokens, which are the second dimension of results and the last of log-sum-exps."""
+        return value.index_select(1 if value.dim() == 4 else 2, rows) if isinstance(value, Tensor) else value
+
+    def parts() -> Iterator[Part]:
+        yield {name: cut(value) for name, value in args.items()}, cut
+
+    cost = room.merge_attention_cost(shape, itemsizes=(dtype.itemsize,) * 3)
+    yield _case(room, "merge_attention", args, cost, grid, parts=parts)
+
+
 def residual_reuse(grid: Grid, dim: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     room = importlib.import_module("skyreels_fast.ops.residual_reuse")
     shape = (1, grid[0] * grid[1] * grid[2], dim)
@@ -243,4 +264,7 @@ def _torch_sdpa(q: Tensor, k: Tensor, v: Tensor, block_tokens: int | None) -> Ca
     return lambda: functional.scaled_dot_product_attention(*heads_first, attn_mask=mask)
 
 
-CASES = {case.__name__: case for case in (adaln, attention, attention_weights, qk_norm_rope3d, residual_reuse)}
+CASES = {
+    case.__name__: case
+    for case in (adaln, attention, attention_weights, merge_attention, qk_norm_rope3d, residual_reuse)
+}

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from skyreels_fast import ops
 from skyreels_fast.ops._dispatch import FLOATS
-from skyreels_fast.ops.attention import attention_with_lse
 
 TOKENS, ROWS, HEADS = torch.zeros(1, 4, 8), torch.zeros(1, 2, 8), torch.zeros(1, 4, 2, 4)
-VECTOR, FRAME = torch.zeros(8), torch.zeros(1, 4, 4, 8)
+VECTOR, FRAME, LSE = torch.zeros(8), torch.zeros(1, 4, 4, 8), torch.zeros(1, 2, 4)
 MODULATION = {"scale": ROWS, "shift": ROWS, "weight": VECTOR, "bias": VECTOR}
 QK = {"q": HEADS, "k": HEADS, "q_weight": VECTOR, "k_weight": VECTOR, "grid": (1, 2, 2)}
 CALLS: dict[Callable[..., Any], dict[str, Any]] = {
@@ -27,8 +26,9 @@ CALLS: dict[Callable[..., Any], dict[str, Any]] = {
     ops.qk_norm_rope3d: QK,
     ops.qk_norm_rope3d_: QK,
     ops.attention: {"q": HEADS, "k": HEADS, "v": HEADS},
-    attention_with_lse: {"q": HEADS, "k": HEADS, "v": HEADS},
+    ops.attention_with_lse: {"q": HEADS, "k": HEADS, "v": HEADS},
     ops.attention_weights: {"q": HEADS, "k": HEADS, "log_counts": torch.zeros(4), "norm_weight": VECTOR},
+    ops.merge_attention: {"out": HEADS, "lse": LSE, "more": HEADS, "more_lse": LSE},
     ops.linear_gelu: {"x": TOKENS, "weight": torch.zeros(3, 8), "bias": torch.zeros(3)},
     ops.norm_silu: {"x": TOKENS, "gamma": VECTOR},
     ops.causal_conv3d: {
@@ -57,7 +57,7 @@ def drawn(op: Callable[..., Any], dtype: torch.dtype) -> dict[str, Any]:
 
 def test_every_op_is_here() -> None:
     without_tensors = {"choose_attention", "query_rows"}
-    assert {op.__name__ for op in CALLS} - {"attention_with_lse"} == set(ops.__all__) - without_tensors
+    assert {op.__name__ for op in CALLS} == set(ops.__all__) - without_tensors
 
 
 @on_each_op
@@ -90,6 +90,7 @@ def test_tensors_on_two_devices_are_refused(op: Callable[..., Any]) -> None:
         (ops.scale_residual, "out_dtype"),
         (ops.scale_residual_norm_scale_shift, "out_dtype"),
         (ops.scale_residual_norm_scale_shift, "residual_dtype"),
+        (ops.merge_attention, "out_dtype"),
     ],
 )
 def test_other_dtypes_of_results_are_refused(op: Callable[..., Any], label: str, dtype: torch.dtype) -> None:

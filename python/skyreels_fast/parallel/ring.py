@@ -10,17 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from skyreels_fast.ops.attention import attention_with_lse, causal_blocks
+from skyreels_fast.ops import attention_with_lse, merge_attention
+from skyreels_fast.ops.attention import causal_blocks
 
 Partial = tuple[Tensor, Tensor]
-
-
-def merge(first: Partial, second: Partial) -> Partial:
-    """Of (result [B, L, N, Dh], log-sum-exp [B, N, L]) over two disjoint sets of keys, those over both; float32."""
-    (out, lse), (more, more_lse) = first, second
-    both = torch.logaddexp(lse, more_lse)
-    weights = [(part - both).exp().transpose(1, 2).unsqueeze(-1) for part in (lse, more_lse)]
-    return out.float() * weights[0] + more.float() * weights[1], both
 
 
 class RingBuffers:
@@ -62,7 +55,7 @@ def ring_attention(
     """
     place, size = dist.get_rank(group), dist.get_world_size(group)
     own = lengths[place]
-    key_frames = k.shape[1] // own
+    key_frames, wide = k.shape[1] // own, torch.promote_types(q.dtype, torch.float32)
     shapes = [(2, k.shape[0], key_frames * length, *k.shape[2:]) for length in lengths]
     here, there = buffers.pair(k, max(map(prod, shapes)))
     held, result = _view(here, shapes[place]), None
@@ -72,11 +65,13 @@ def ring_attention(
         coming = _view(there, shapes[source - 1])
         works = _pass_on(held, coming, place, size, group) if step + 1 < size else []
         part = _attend(q, held, own, lengths[source], block_frames, backend)
-        result = part if result is None else merge(result, part)
+        if result is not None:
+            part = merge_attention(*result, *part, out_dtype=q.dtype if step + 1 == size else wide)
+        result = part
         for work in works:
             work.wait()
         held, here, there = coming, there, here
-    return result[0].to(q.dtype)
+    return result[0]
 
 
 def _view(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
