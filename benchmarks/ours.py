@@ -112,7 +112,8 @@ class Prepared:
             **self._steps(meter),
             "text_s": timings["text"] if encodes_text else None,
             "vae_encode_s": self._encode(meter) if self.pipe.machine.leads else None,
-            "vae_decode_s": timings.get("decode"),
+            # A first decoding compiles and chooses kernels.
+            "vae_decode_s": timings.get("decode") if self._warm_up is not None else None,
             "load_s": timings["load"],
             "total_s": total_s + (timings["text"] if once else -timings["load"]),
             "stages_s": timings,

@@ -130,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
     add("--precision", choices=PRECISIONS, help="default: bf16, on the CPU fp32")
     add("--with_text", action="store_true", help="time the text stage too, on a random UMT5 of the true size")
     add("--weights", type=Path, help="a model directory in place of random weights; load_s is then its loading time")
-    add("--no_warm_up", action="store_true")
+    add("--no_warm_up", action="store_true", help="leave out the first video, and with it vae_decode_s")
     add("--peer", action="append", choices=peers.PEERS, default=[], help="may be given several times")
     add("--gpus", type=int, default=1)
     add("--ulysses_degree", type=int)

@@ -244,6 +244,34 @@ def test_cudnn_is_left_as_it_was(vae: VAE, monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.backends.cudnn.benchmark is True
 
 
+@pytest.mark.parametrize("allowed", [True, False])
+def test_whether_float32_may_be_tf32_is_the_callers_choice(
+    vae: VAE, allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    layers = importlib.import_module("skyreels_fast.vae.layers")
+    convolution = layers.causal_conv3d
+
+    def spied(*args: object) -> torch.Tensor:
+        seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic))
+        return convolution(*args)
+
+    monkeypatch.setattr(layers, "causal_conv3d", spied)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+    vae.encode(vae.decode(torch.zeros(1, 16, 1, 2, 2)))
+    assert set(seen) == {(allowed, True)}
+
+
+@pytest.mark.gpu
+def test_a_gpu_in_float32_gives_what_the_cpu_gives(bundled: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    video = rendered()
+    latents = bundled.encode(video)
+    gpu = copy.deepcopy(bundled).cuda().lay_out()
+    assert rel_l2(gpu.encode(video).cpu(), latents) < 1e-5
+    assert rel_l2(gpu.decode(latents).cpu(), bundled.decode(latents)) < 1e-5
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["triton", "conv2d", "conv3d"])
 def test_a_gpu_in_bfloat16_gives_what_the_cpu_gives_in_float32(

@@ -98,7 +98,8 @@ class Pipeline:
             mode: "df" (diffusion forcing) or "t2v", which an image-to-video model runs as "i2v"; None takes what the
                 model was made for. Where nothing in the directory tells, requests do: "df" where they ask for it.
             attention: the backend of `ops.attention`; None: the fastest that the device has.
-            vae_dtype: what the VAE computes in; None takes bfloat16 on a GPU, float32 on the CPU.
+            vae_dtype: what the VAE computes in; None takes bfloat16 on a GPU, float32 on the CPU. On a GPU convolutions
+                in float32 are TF32 unless `torch.backends.cudnn.allow_tf32` is False.
             degrees: several processes render together (`parallel`): every one makes the same pipeline, on a device of
                 its own, and the same calls; the frames come out in rank 0. Each reads its streams to the end, and
                 ends if one of them fails: the others wait for it. None: this one renders alone.

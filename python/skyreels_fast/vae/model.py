@@ -6,6 +6,7 @@ piece. Architecture: Wan 2.1, arXiv:2503.20314, section 4.1.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
@@ -247,11 +248,24 @@ def _stacked(frames: Frames) -> Tensor | None:
     return torch.stack(chunk, dim=2) if chunk else None
 
 
+@contextlib.contextmanager
+def _by_rule() -> Iterator[None]:
+    """cuDNN chooses by rule and not by trial. What else it was told, of TF32 for one, holds on: `cudnn.flags` would not
+    let it."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark, cudnn.deterministic = False, True
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
+
+
 def _repeatable(frames: Frames) -> Frames:
-    """The frames, cuDNN choosing by rule and not by trial: a run that is gone on with must have the same bits."""
+    """The frames, in the same bits each time: a run that is gone on with must have them."""
     done = object()
     while True:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+        with _by_rule():
             frame = next(frames, done)
         if frame is done:
             return
