@@ -66,7 +66,7 @@ def _mode(row: Row) -> str:
         notes.append("offload")
     if row.get("vram"):
         notes.append(f"--vram {row['vram']:g}")
-    if row.get("guidance") == 1:
+    if _unguided(row):
         notes.append("no guidance")
     return ", ".join(notes)
 
@@ -125,28 +125,49 @@ def stages_table(rows: list[Row]) -> str:
 
 
 def parallel_table(rows: list[Row]) -> str:
-    """Several GPUs beside one, of what was measured on several."""
+    """Several GPUs beside one, of what was measured on several.
+
+    GPUs that compute a single branch are shown as half of twice as many, beside one GPU that computes both: what two
+    such halves would take, but for the exchange between them.
+    """
     ours = [row for row in _latest_video(rows) if row["impl"] == OURS]
     single = {_alike(row): row["s_per_step"] for row in ours if row["gpus"] == 1}
+    guided = {_alike(row, but="guidance"): row["s_per_step"] for row in ours if row["gpus"] == 1 and not _unguided(row)}
     several = {_alike(row) for row in ours if row["gpus"] > 1}
 
+    def has_guided(row: Row) -> bool:
+        return _unguided(row) and _alike(row, but="guidance") in guided
+
+    def is_half(row: Row) -> bool:
+        return row["gpus"] > 1 and has_guided(row)
+
     def times_one(row: Row) -> float | None:
-        one = single.get(_alike(row))
+        one = guided[_alike(row, but="guidance")] if is_half(row) else single.get(_alike(row))
         return None if one is None else one / row["s_per_step"]
 
     def linear(row: Row) -> str:
-        return "" if (times := times_one(row)) is None else f"{times / row['gpus']:.0%}"
+        gpus = row["gpus"] * (2 if is_half(row) else 1)
+        return "" if (times := times_one(row)) is None else f"{times / gpus:.0%}"
 
-    layout = {"ulysses × ring × branches": lambda row: " × ".join((row.get("layout") or "1x1x1").split("x"))}
+    texts: Columns = {
+        **_VIDEO,
+        "GPUs": lambda row: f"{row['gpus']}, as half of {2 * row['gpus']}" if is_half(row) else str(row["gpus"]),
+        "ulysses × ring × branches": lambda row: " × ".join((row.get("layout") or "1x1x1").split("x")),
+    }
     numbers: Columns = {"s a step": _column("s_per_step"), "times one GPU": lambda row: _number(times_one(row), 2)}
     numbers |= {"of linear": linear, "VAE decode s": _column("vae_decode_s")}
     numbers |= {"peak GiB a GPU": _column("peak_allocated_gib", 1)}
-    return _table([row for row in ours if _alike(row) in several], _VIDEO | layout, numbers)
+    shown = [row for row in ours if _alike(row) in several and (row["gpus"] > 1 or not has_guided(row))]
+    return _table(shown, texts, numbers)
 
 
-def _alike(row: Row) -> tuple[str, ...]:
-    """What rows have in common that differ in their GPUs alone."""
-    return tuple(str(row.get(key)) for key in _WHAT if key not in ("gpus", "layout"))
+def _unguided(row: Row) -> bool:
+    return row.get("guidance") == 1
+
+
+def _alike(row: Row, *, but: str = "") -> tuple[str, ...]:
+    """What rows have in common that differ in their GPUs alone, or in one key besides."""
+    return tuple(str(row.get(key)) for key in _WHAT if key not in ("gpus", "layout", but))
 
 
 def ops_table(rows: list[Row]) -> str:

@@ -80,6 +80,15 @@ def test_several_gpus_beside_one():
     assert "| 2 | 1 × 1 × 2 | 4.70 |  |  |" in tables.parallel_table([two])
 
 
+def test_gpus_with_one_branch_are_half_of_twice_as_many() -> None:
+    alone = video_row(s_per_step=10.0, guidance=6.0)
+    half = video_row(s_per_step=2.6, gpus=2, layout="2x1x1", guidance=1.0)
+    assert "| 2, as half of 4 | 2 × 1 × 1 | 2.60 | 3.85 | 96% |" in tables.parallel_table([alone, half])
+    assert "| 2 | 2 × 1 × 1 | 2.60 |  |  |" in tables.parallel_table([half])
+    own = video_row(s_per_step=5.0, guidance=1.0)
+    assert "| 2 | 2 × 1 × 1 | 2.60 | 1.92 | 96% |" in tables.parallel_table([own, half])
+
+
 def test_tables_are_made_from_committed_rows(results: Path, capsys: pytest.CaptureFixture):
     rows = report.committed_rows(results)
     assert "draft.jsonl" in capsys.readouterr().err
