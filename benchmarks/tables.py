@@ -134,6 +134,7 @@ def parallel_table(rows: list[Row]) -> str:
     single = {_alike(row): row["s_per_step"] for row in ours if row["gpus"] == 1}
     guided = {_alike(row, but="guidance"): row["s_per_step"] for row in ours if row["gpus"] == 1 and not _unguided(row)}
     several = {_alike(row) for row in ours if row["gpus"] > 1}
+    halves = {_alike(row, but="guidance") for row in ours if row["gpus"] > 1 and _unguided(row)}
 
     def has_guided(row: Row) -> bool:
         return _unguided(row) and _alike(row, but="guidance") in guided
@@ -157,8 +158,13 @@ def parallel_table(rows: list[Row]) -> str:
     numbers: Columns = {"s a step": _column("s_per_step"), "times one GPU": lambda row: _number(times_one(row), 2)}
     numbers |= {"of linear": linear, "VAE decode s": _column("vae_decode_s")}
     numbers |= {"peak GiB a GPU": _column("peak_allocated_gib", 1)}
-    shown = [row for row in ours if _alike(row) in several and (row["gpus"] > 1 or not has_guided(row))]
-    return _table(shown, texts, numbers)
+
+    def is_shown(row: Row) -> bool:
+        if row["gpus"] > 1:
+            return True
+        return not has_guided(row) and (_alike(row) in several or _alike(row, but="guidance") in halves)
+
+    return _table([row for row in ours if is_shown(row)], texts, numbers)
 
 
 def _unguided(row: Row) -> bool:

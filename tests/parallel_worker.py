@@ -23,10 +23,10 @@ REQUESTS = {
 def render(device: str, dtype: torch.dtype, degrees: Degrees | None) -> tuple[dict[str, sf.Result], list[torch.Tensor]]:
     """The requests' results, and what `coded` gives."""
     # A window begins with what the VAE makes of the frames before: TF32 would make more of last digits.
-    torch.backends.cudnn.allow_tf32 = False
-    pipe = sf.Pipeline.from_pretrained("tiny", device, dtype, mode="df", vae_dtype=torch.float32, degrees=degrees)
-    results = {name: pipe(sf.Request(**request)) for name, request in REQUESTS.items()}
-    through_vae = coded(pipe)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        pipe = sf.Pipeline.from_pretrained("tiny", device, dtype, mode="df", vae_dtype=torch.float32, degrees=degrees)
+        results = {name: pipe(sf.Request(**request)) for name, request in REQUESTS.items()}
+        through_vae = coded(pipe)
     if pipe.machine.world is not None:
         pipe.machine.world.close()
     return results, through_vae

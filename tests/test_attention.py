@@ -216,6 +216,30 @@ def test_log_sum_exp(size: Size, backend: str) -> None:
     assert rel_l2(out, masked(q, k, v)) < 2e-6
 
 
+@pytest.mark.parametrize("backend", [None, *BACKENDS])
+def test_log_sum_exp_of_no_keys(backend: str | None) -> None:
+    q, none = torch.randn(1, 3, 2, 8), torch.randn(1, 0, 2, 8)
+    out, lse = attention_with_lse(q, none, none, backend=backend)
+    assert torch.equal(out, torch.zeros_like(q))
+    assert torch.equal(lse, torch.full((1, 2, 3), -torch.inf))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_log_sum_exp_in_float64(backend: str) -> None:
+    q, k, v = (x.double() for x in draw(SIZES[0]))
+    out, lse = attention_with_lse(q, k, v, backend=backend)
+    scores = torch.einsum("bqnd,bknd->bnqk", q, k) / q.shape[3] ** 0.5
+    assert out.dtype == lse.dtype == torch.float64
+    assert rel_l2(lse, scores.logsumexp(-1)) < 1e-12
+    assert rel_l2(out, attention_ref(q, k, v, math_dtype=torch.float64)) < 1e-12
+
+
+def test_a_backend_with_a_log_sum_exp_has_no_gradient() -> None:
+    q, k, v = (x.requires_grad_() for x in draw(SIZES[0]))
+    assert not any(x.requires_grad for x in attention_with_lse(q, k, v, backend="sdpa"))
+    assert all(x.requires_grad for x in attention_with_lse(q, k, v))
+
+
 def odd_queries(head_dim: int = 128, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     """300 queries (3 tiles of 128) in storage for 512, NaN behind them; and as many keys as make pairs worth it."""
     generator = torch.Generator(device).manual_seed(5)

@@ -83,7 +83,9 @@ def test_several_gpus_beside_one():
 def test_gpus_with_one_branch_are_half_of_twice_as_many() -> None:
     alone = video_row(s_per_step=10.0, guidance=6.0)
     half = video_row(s_per_step=2.6, gpus=2, layout="2x1x1", guidance=1.0)
-    assert "| 2, as half of 4 | 2 × 1 × 1 | 2.60 | 3.85 | 96% |" in tables.parallel_table([alone, half])
+    both = tables.parallel_table([alone, half])
+    assert "| 1 | 1 × 1 × 1 | 10.00 | 1.00 | 100% |" in both
+    assert "| 2, as half of 4 | 2 × 1 × 1 | 2.60 | 3.85 | 96% |" in both
     assert "| 2 | 2 × 1 × 1 | 2.60 |  |  |" in tables.parallel_table([half])
     own = video_row(s_per_step=5.0, guidance=1.0)
     assert "| 2 | 2 × 1 × 1 | 2.60 | 1.92 | 96% |" in tables.parallel_table([own, half])

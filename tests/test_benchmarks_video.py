@@ -97,6 +97,7 @@ def test_video_modes(mode: list[str], rows: int, tmp_path: Path):
     (row,) = harness.read(file)
     assert len(row["step_ms"]) == rows - 1
     assert row["mode"] == mode[0]
+    assert row["vae_decode_s"] is None  # a cold one's
     assert (row["causal_block_size"], row["ar_step"]) == {
         "async": (1, 1), "causal": (3, 0), "t2v": (None, 0), "i2v": (None, 0)
     }[mode[0]]  # fmt: skip

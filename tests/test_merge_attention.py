@@ -42,17 +42,29 @@ def test_merged_parts_are_the_whole() -> None:
     assert rel_l2(first[0], torch.einsum("bnqk,bknd->bqnd", scores.softmax(-1), v.double())) < 1e-5
 
 
-def test_gradients_flow() -> None:
-    tensors = [tensor.double().requires_grad_() for tensor in parts((1, 3, 2, 4))]
-    assert torch.autograd.gradcheck(lambda *given: ops.merge_attention(*given, out_dtype=torch.float64), tensors)
+def test_gradients_flow_through_parts() -> None:
+    """Queries, keys and values have those of attention to all keys; a part of which nothing is seen has none."""
+    q, k, v = (torch.randn(1, 6, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+
+    def run(*given: Tensor) -> Tensor:
+        q, k, v = given
+        pairs = [ops.attention_with_lse(q, k[:, part], v[:, part]) for part in (slice(0, 2), slice(2, 6))]
+        return ops.merge_attention(*pairs[0], *pairs[1])[0]
+
+    torch.testing.assert_close(run(q, k, v), ops.attention(q, k, v), rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(run, (q, k, v))
+    out, lse, more, more_lse = (tensor.double().requires_grad_() for tensor in parts((1, 3, 2, 4)))
+    unseen = torch.full_like(lse, -torch.inf).requires_grad_()
+    ops.merge_attention(out, unseen, more, torch.full_like(more_lse, -torch.inf))[0].sum().backward()
+    assert unseen.grad.count_nonzero() == out.grad.count_nonzero() == 0
 
 
 @pytest.mark.parametrize("out_dtype", [None, *DTYPES, torch.float64])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_dtypes(dtype: torch.dtype, out_dtype: torch.dtype | None) -> None:
     out, lse = ops.merge_attention(*parts((1, 3, 2, 4), dtype), out_dtype=out_dtype)
-    assert out.dtype == (out_dtype or torch.float32)
     assert lse.dtype == (torch.float64 if torch.float64 in (dtype, out_dtype) else torch.float32)
+    assert out.dtype == (out_dtype or lse.dtype)
 
 
 def test_cost_counts_what_is_read_and_written() -> None:
@@ -131,6 +143,13 @@ def test_strides_and_dtypes_are_free(device: str, backend: str) -> None:
 @on_each_kernel
 def test_no_tokens(device: str, backend: str) -> None:
     assert ops.merge_attention(*parts((1, 0, 2, 4), device=device), backend=backend)[0].shape == (1, 0, 2, 4)
+
+
+@on_each_kernel
+def test_no_graph_break(device: str, backend: str) -> None:
+    given = parts((1, 5, 2, 8), device=device)
+    compiled = torch.compile(ops.merge_attention, fullgraph=True, backend="eager")
+    assert all(map(torch.equal, compiled(*given, backend=backend), ops.merge_attention(*given, backend=backend)))
 
 
 @on_each_kernel

@@ -76,9 +76,19 @@ def _linear_with_room(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return functional.linear(x, weight, bias)
     tokens = x.shape[1]
     rows = x.new_empty(query_rows(tokens), weight.shape[0])
-    rows[tokens:].zero_()
     torch.addmm(bias, x[0], weight.t(), out=rows[:tokens])
     return rows[:tokens].unsqueeze(0)
+
+
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1))
+
+
+def _begun(attend: Attend, q: Tensor, k: Tensor, block_tokens: int | None) -> Callable[[Tensor], Tensor]:
+    """The call of `attend` as far as it goes without v, which what is returned takes."""
+    if hasattr(attend, "begin"):
+        return attend.begin(q, k, block_tokens=block_tokens)
+    return partial(attend, q, k, block_tokens=block_tokens)
 
 
 class SelfAttention(nn.Module):
@@ -99,8 +109,8 @@ class SelfAttention(nn.Module):
         """[B, L, N, Dh]; queries, keys and values are gone before the output's projection takes its memory."""
         # Three products: attention is faster on values of their own, and q and k can be rotated where they lie.
         q_part, k_part, v_part = zip(self.qkv.weight.chunk(3), self.qkv.bias.chunk(3), strict=True)
-        q = self._by_head(_linear_with_room(x, *q_part))
-        k = self._by_head(functional.linear(x, *k_part))
+        q = _by_head(_linear_with_room(x, *q_part), self.heads)
+        k = _by_head(functional.linear(x, *k_part), self.heads)
         rotate = qk_norm_rope3d if torch.is_grad_enabled() else qk_norm_rope3d_
         q, k = rotate(
             q, k, self.norm_q.weight, self.norm_k.weight, places.grid,
@@ -108,17 +118,12 @@ class SelfAttention(nn.Module):
         )  # fmt: skip
         if places.past is not None:
             k = places.past.keys(index, k, places.grid[0])
-        # Else all of it is left until v is there.
-        begin = getattr(attend, "begin", partial(partial, attend))
-        end = begin(q, k, block_tokens=places.block_tokens)
+        end = _begun(attend, q, k, places.block_tokens)
         del q, k
-        v = self._by_head(functional.linear(x, *v_part))
+        v = _by_head(functional.linear(x, *v_part), self.heads)
         if places.past is not None:
             v = places.past.values(index, v, places.grid[0])
         return end(v)
-
-    def _by_head(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1))
 
 
 class CrossAttention(nn.Module):
@@ -158,7 +163,7 @@ class CrossAttention(nn.Module):
 
     def _query(self, x: Tensor) -> Tensor:
         """[B, L, N, Dh], without its norm."""
-        return self.q(x).unflatten(-1, (self.heads, -1))
+        return _by_head(self.q(x), self.heads)
 
     def _sum_projected(self, weights: Tensor, v: Tensor) -> Tensor:
         """`o` of what weights [B, L, N, n] sum up of v [B, n, N, Dh]: w (v W^T) has n / Dh of the work of (w v) W^T.

@@ -180,8 +180,9 @@ class DiT(nn.Module):
         stream: used up; what it holds goes as it goes.
         causal_block_size: None, or the latent frames of a block that sees itself and the earlier ones only.
         blocks: the model's blocks in order, where not `self.blocks`; each is used before the next is asked for.
-        attend, attend_context: self-attention and that to the context, called as `ops.attention`; a text whose padding
-        is counted has `ops.attention_weights`.
+        attend, attend_context: self-attention and that to the context, called as `ops.attention`; the first may have
+        begin(q, k, block_tokens=…), to which q and k are given before v is computed, and which returns what takes v. A
+        text whose padding is counted has `ops.attention_weights`.
         token_range: x holds these of the h * w tokens of each frame, a shard; `grid` and the blocks that `attend` is
         asked for are the whole's. pasts: of each branch, of the frames before those in x, or None where there are none.
 

@@ -141,15 +141,18 @@ def attention(
 
 
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
-    """Dense `attention`, and the log-sum-exp of its scaled scores [B, N, Lq] in float32.
+    """Dense `attention`, and the log-sum-exp of its scaled scores [B, N, Lq], float32 or that of float64.
 
-    With it softmaxes over parts of the keys can be put together. It has no gradient. Raises ValueError as `attention`
-    does.
+    With it softmaxes over parts of the keys can be put together (`merge_attention`); where there are no keys it is
+    -inf, and the result 0. Not differentiable, except on "ref", which is chosen where a gradient is asked for. Raises
+    ValueError as `attention` does.
     """
     _check(q, k, v, None)
     chosen = _choose(backend, q, k, v)
-    if chosen == "ref":
-        scores = torch.einsum("bqnd,bknd->bnqk", q.float(), k.float()) * q.shape[-1] ** -0.5
-        return attention_ref(q, k, v), scores.logsumexp(dim=-1)
-    out, lse = backends.dense_with_lse(chosen)(q, k, v)
-    return out, lse.float().reshape(q.shape[0], q.shape[2], -1)[..., : q.shape[1]]
+    math_dtype = torch.promote_types(q.dtype, torch.float32)
+    if chosen == "ref" or k.shape[1] == 0 or (backend is None and needs_grad(q, k, v)):
+        scores = torch.einsum("bqnd,bknd->bnqk", q.to(math_dtype), k.to(math_dtype)) * q.shape[-1] ** -0.5
+        return attention_ref(q, k, v, math_dtype=math_dtype), scores.logsumexp(dim=-1)
+    with torch.no_grad():
+        out, lse = backends.dense_with_lse(chosen)(q, k, v)
+    return out, lse.to(math_dtype).reshape(q.shape[0], q.shape[2], -1)[..., : q.shape[1]]

@@ -79,7 +79,7 @@ def _attention_weights_kernel(
     """
     LOG2_E: tl.constexpr = 1.4426950408889634
     keys = key_units * UNIT
-    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     channel, key = tl.arange(0, CHANNELS), tl.arange(0, KEYS)
     is_key, is_channel = key < keys, (channel < channels)[None, :]
     k += batch * k_batch + head * k_head

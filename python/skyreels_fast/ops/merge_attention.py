@@ -4,7 +4,8 @@
     out  = exp(lse_1 - both) out_1 + exp(lse_2 - both) out_2
 
 out_1, out_2: [B, L, N, Dh], lse_1, lse_2: [B, N, L], as `ops.attention_with_lse` gives them; a query that sees no key
-of a set has -inf there. Any number of sets is merged one after the other, in float32 until the last.
+of a set has -inf there, and any finite result. Any number of sets is merged one after the other, in float32 until the
+last.
 
 The kernel takes float32, float16 and bfloat16, each tensor its own, and Dh up to 512; it reads and writes each element
 once. The math is float32 (float64 for float64), rounded once. Not differentiable, except on the backend "ref".
@@ -35,10 +36,11 @@ def merge_attention_ref(
 ) -> tuple[Tensor, Tensor]:
     """`merge_attention` in plain torch, computed in `math_dtype`, which the merged lse has."""
     lses = torch.stack((lse.to(math_dtype), more_lse.to(math_dtype)))
-    both = lses.logsumexp(0)
-    weights = (lses - both.clamp(min=torch.finfo(math_dtype).min)).exp().transpose(2, 3).unsqueeze(-1)
+    unseen = (lses == -torch.inf).all(0)
+    both = lses.masked_fill(unseen, 0).logsumexp(0)  # of -inf alone it has no gradient
+    weights = (lses - both).exp().transpose(2, 3).unsqueeze(-1)
     merged = weights[0] * out.to(math_dtype) + weights[1] * more.to(math_dtype)
-    return merged.to(out_dtype or torch.float32), both
+    return merged.to(out_dtype or math_dtype), both.masked_fill(unseen, -torch.inf)
 
 
 def merge_attention_cost(
@@ -59,7 +61,7 @@ def _merge_attention_kernel(
 ):  # fmt: skip
     """One program for ROWS tokens of a head; `merged` and `both` are contiguous."""
     LOG2_E: tl.constexpr = 1.4426950408889634
-    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, CHANNELS)[None, :]
     is_row = row < tokens
@@ -129,12 +131,12 @@ def merge_attention(
     out_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The result [B, L, N, Dh] in `out_dtype` (default: float32) and log-sum-exp [B, N, L] of attention over two
-    disjoint sets of keys: `out` and `lse` of one, `more` and `more_lse` of the other.
+    """The result [B, L, N, Dh] in `out_dtype` and log-sum-exp [B, N, L] of attention over two disjoint sets of keys:
+    `out` and `lse` of one, `more` and `more_lse` of the other.
 
-    The log-sum-exp is float32, float64 where one of the tensors is. Raises ValueError for shapes, dtypes or devices
-    that do not fit, a dtype that is not one of float16, bfloat16, float32 and float64, or a backend that is not there
-    or does not take them.
+    The log-sum-exp, and without an `out_dtype` the result, is float32, float64 where one of the tensors is. Raises
+    ValueError for shapes, dtypes or devices that do not fit, a dtype that is not one of float16, bfloat16, float32
+    and float64, or a backend that is not there or does not take them.
     """
     _check(out, lse, more, more_lse, out_dtype)
     tensors, refusal = (out, lse, more, more_lse), None

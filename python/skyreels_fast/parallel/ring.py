@@ -13,7 +13,7 @@ from torch import Tensor
 from skyreels_fast.ops import attention_with_lse, merge_attention
 from skyreels_fast.ops.attention import causal_blocks
 
-Partial = tuple[Tensor, Tensor]
+PartAttention = tuple[Tensor, Tensor]
 
 
 class RingBuffers:
@@ -55,7 +55,8 @@ def ring_attention(
     """
     place, size = dist.get_rank(group), dist.get_world_size(group)
     own = lengths[place]
-    key_frames, wide = k.shape[1] // own, torch.promote_types(q.dtype, torch.float32)
+    key_frames = k.shape[1] // own
+    sum_dtype = torch.promote_types(q.dtype, torch.float32)
     shapes = [(2, k.shape[0], key_frames * length, *k.shape[2:]) for length in lengths]
     here, there = buffers.pair(k, max(map(prod, shapes)))
     held, result = _view(here, shapes[place]), None
@@ -66,7 +67,7 @@ def ring_attention(
         works = _pass_on(held, coming, place, size, group) if step + 1 < size else []
         part = _attend(q, held, own, lengths[source], block_frames, backend)
         if result is not None:
-            part = merge_attention(*result, *part, out_dtype=q.dtype if step + 1 == size else wide)
+            part = merge_attention(*result, *part, out_dtype=q.dtype if step + 1 == size else sum_dtype)
         result = part
         for work in works:
             work.wait()
@@ -85,7 +86,9 @@ def _pass_on(held: Tensor, coming: Tensor, place: int, size: int, group: dist.Pr
     return dist.batch_isend_irecv(exchange)
 
 
-def _attend(q: Tensor, held: Tensor, own: int, length: int, block_frames: int | None, backend: str | None) -> Partial:
+def _attend(
+    q: Tensor, held: Tensor, own: int, length: int, block_frames: int | None, backend: str | None
+) -> PartAttention:
     """(result, log-sum-exp) over the keys and values in hand, which have `length` tokens a frame where q has `own`."""
     k, v = held
     if block_frames is None:

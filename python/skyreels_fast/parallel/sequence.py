@@ -1,6 +1,6 @@
 """Self-attention over shards: every process has, of every frame, its own slice of the h * w tokens.
 
-Ulysses: an exchange gives each process all tokens of its group for some of the heads, another brings the result back.
+Ulysses: exchanges give each process all tokens of its group for some of the heads, another brings the result back.
 Ring: keys and values of the other groups' tokens pass by (`ring`). Slices may differ in length: nothing is padded.
 """
 
@@ -25,16 +25,15 @@ class SequenceAttention:
     Called with this process's q [B, F * own, N, Dh] and k, v [B, F' * own, N, Dh], tokens frame by frame, and
     `block_tokens` of all processes together; gives its [B, F * own, N, Dh].
 
-    place: this process's number in its branch. backend: as of `ops.attention`.
+    place: this process's number in its branch. backend: as of `ops.attention`. It has no gradient.
     """
 
     def __init__(self, layout: Layout, groups: Groups, place: int, tokens_per_frame: int, backend: str | None) -> None:
         self._tokens_per_frame, self._backend, self._ring = tokens_per_frame, backend, groups.ring
-        lengths = [stop - start for start, stop in slices(tokens_per_frame, layout.sequence)]
-        members = [lengths[i : i + layout.ulysses] for i in range(0, layout.sequence, layout.ulysses)]
-        self._lengths = [sum(part) for part in members]
-        ring_place, ulysses_place = divmod(place, layout.ulysses)
-        self._ulysses = groups.ulysses and Ulysses(groups.ulysses, members[ring_place], ulysses_place)
+        own = [stop - start for start, stop in slices(tokens_per_frame, layout.sequence)]
+        by_group = [own[i : i + layout.ulysses] for i in range(0, layout.sequence, layout.ulysses)]
+        self._lengths = [sum(lengths) for lengths in by_group]
+        self._ulysses = groups.ulysses and Ulysses(groups.ulysses, by_group[place // layout.ulysses])
         self._buffers = RingBuffers()
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, block_tokens: int | None = None) -> Tensor:
@@ -51,8 +50,8 @@ class SequenceAttention:
 
         def end(v: Tensor) -> Tensor:
             coming.append(self._ulysses.to_heads(v, by_frame=by_frame))
-            out = self._attend(*(arrived() for arrived in coming), block_frames=block_frames)
-            coming.clear()
+            # Each is let go of as it arrives: in another order it is a copy.
+            out = self._attend(*[coming.pop(0)() for _ in range(3)], block_frames=block_frames)
             return self._ulysses.to_tokens(out, by_frame=by_frame)
 
         return end

@@ -10,61 +10,71 @@ from torch import Tensor
 
 from skyreels_fast.ops import query_rows
 
-_WIDEST = torch.complex128
+_WIDEST = torch.complex128  # 16 bytes, which are only moved
 
 
 class Ulysses:
     """The exchanges within one group, in the tokens' own dtype.
 
-    members: tokens of a frame that each of the group's processes has. place: this process's number among them.
-    Tokens of the whole group stand frame by frame, or not `by_frame` member by member, as they come in.
+    lengths: tokens of a frame that each of the group's processes has. The whole group's tokens stand frame by frame,
+    or where not `by_frame` process by process, as they come in.
     """
 
-    def __init__(self, group: dist.ProcessGroup, members: Sequence[int], place: int) -> None:
-        self._group, self._members, self._own = group, list(members), members[place]
+    def __init__(self, group: dist.ProcessGroup, lengths: Sequence[int]) -> None:
+        self._group, self._lengths, self._own = group, list(lengths), lengths[dist.get_rank(group)]
 
     def to_heads(self, x: Tensor, *, by_frame: bool) -> Callable[[], Tensor]:
-        """Begin to exchange x [B, F * own, N, Dh]; what is returned waits for [B, F * sum(members), N / members, Dh].
+        """Begin to exchange x [B, F * own, N, Dh]; what is returned waits for [B, F * all, N / size, Dh].
 
-        The exchange goes on beside whatever the device is given until then.
+        The exchange goes on beside whatever the device is given until then, which must leave x as it is.
         """
-        parts, rows = len(self._members), x.shape[1]
+        size, rows = len(self._lengths), x.shape[1]
         frames = rows // self._own
-        counts = [frames * length for length in self._members]
-        sent = contiguous(x.unflatten(2, (parts, -1)).permute(2, 1, 0, 3, 4))
+        counts = [frames * length for length in self._lengths]
+        sent = contiguous(x.unflatten(2, (size, -1)).permute(2, 1, 0, 3, 4))
+        # With room behind, in case these are queries.
         got = sent.new_empty(query_rows(sum(counts)), *sent.shape[2:])[: sum(counts)]
-        work = self._exchange(got, sent.flatten(0, 1), counts, [rows] * parts)
+        wait = self._exchange(got, sent.flatten(0, 1), counts, [rows] * size)
 
         def arrived() -> Tensor:
-            work.wait()
+            wait()
             if not by_frame:
                 return got.transpose(0, 1)
-            members = [part.unflatten(0, (frames, -1)) for part in got.split(counts)]
-            return torch.cat(members, dim=1).flatten(0, 1).transpose(0, 1)
+            by_process = [tokens.unflatten(0, (frames, -1)) for tokens in got.split(counts)]
+            return torch.cat(by_process, dim=1).flatten(0, 1).transpose(0, 1)
 
         return arrived
 
     def to_tokens(self, out: Tensor, *, by_frame: bool) -> Tensor:
-        """The way back: [B, F * sum(members), N / members, Dh] to [B, F * own, N, Dh]."""
+        """The way back: [B, F * all, N / size, Dh] to [B, F * own, N, Dh]."""
         sent = out.transpose(0, 1)
-        frames, parts = sent.shape[0] // sum(self._members), len(self._members)
+        frames, size = sent.shape[0] // sum(self._lengths), len(self._lengths)
         if by_frame:
-            members = sent.unflatten(0, (frames, -1)).split(self._members, dim=1)
-            sent = torch.cat([part.flatten(0, 1) for part in members])
+            by_process = sent.unflatten(0, (frames, -1)).split(self._lengths, dim=1)
+            sent = torch.cat([tokens.flatten(0, 1) for tokens in by_process])
         rows = frames * self._own
-        got = sent.new_empty(parts * rows, *sent.shape[1:])
-        counts = [frames * length for length in self._members]
-        self._exchange(got, sent.contiguous(), [rows] * parts, counts).wait()
-        return contiguous(got.unflatten(0, (parts, rows)).permute(2, 1, 0, 3, 4)).flatten(2, 3)
+        got = sent.new_empty(size * rows, *sent.shape[1:])
+        counts = [frames * length for length in self._lengths]
+        self._exchange(got, contiguous(sent), [rows] * size, counts)()
+        return contiguous(got.unflatten(0, (size, rows)).permute(2, 1, 0, 3, 4)).flatten(2, 3)
 
-    def _exchange(self, got: Tensor, sent: Tensor, got_rows: list[int], sent_rows: list[int]) -> dist.Work:
-        return dist.all_to_all_single(got, sent, got_rows, sent_rows, group=self._group, async_op=True)
+    def _exchange(self, got: Tensor, sent: Tensor, got_rows: list[int], sent_rows: list[int]) -> Callable[[], object]:
+        """Begin an exchange; what is returned waits for it."""
+        traced = torch.compiler.is_compiling()  # a graph holds exchanges that are waited for, and no others
+        work = dist.all_to_all_single(got, sent, got_rows, sent_rows, group=self._group, async_op=not traced)
+        return _nothing if traced else work.wait
+
+
+def _nothing() -> None:
+    pass
 
 
 def contiguous(x: Tensor) -> Tensor:
     """`x.contiguous()`, where it can in elements of 16 bytes: between strides torch copies one at a time."""
+    if torch.compiler.is_compiling():
+        return x.contiguous()
     ratio = _WIDEST.itemsize // x.itemsize
-    steps = (x.shape[-1], x.storage_offset(), *x.stride()[:-1])
-    if x.stride(-1) != 1 or any(step % ratio for step in steps):
+    spans = (x.shape[-1], x.storage_offset(), *x.stride()[:-1])
+    if x.stride(-1) != 1 or any(span % ratio for span in spans):
         return x.contiguous()
     return x.view(_WIDEST).contiguous().view(x.dtype)

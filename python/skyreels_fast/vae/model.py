@@ -249,9 +249,9 @@ def _stacked(frames: Frames) -> Tensor | None:
 
 
 @contextlib.contextmanager
-def _by_rule() -> Iterator[None]:
-    """cuDNN chooses by rule and not by trial. What else it was told, of TF32 for one, holds on: `cudnn.flags` would not
-    let it."""
+def _cudnn_by_rule() -> Iterator[None]:
+    """cuDNN chooses by rule and not by trial; all else that it was told, of TF32 for one, holds on. (`cudnn.flags` sets
+    that too, or fails where it was set by newer names.)"""
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.deterministic
     cudnn.benchmark, cudnn.deterministic = False, True
@@ -265,7 +265,7 @@ def _repeatable(frames: Frames) -> Frames:
     """The frames, in the same bits each time: a run that is gone on with must have them."""
     done = object()
     while True:
-        with _by_rule():
+        with _cudnn_by_rule():
             frame = next(frames, done)
         if frame is done:
             return
