@@ -69,7 +69,9 @@ def enhance(
         if seed is not None:
             torch.manual_seed(seed)
         with torch.inference_mode():
-            tokens = model.generate(**inputs, max_new_tokens=max_new_tokens)
+            # What else a tokenizer gives, not every model takes.
+            known = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            tokens = model.generate(**known, max_new_tokens=max_new_tokens)
         answer = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     except torch.cuda.OutOfMemoryError:
         raise ValueError(_TOO_BIG.format(model_id)) from None

@@ -168,8 +168,9 @@ def _transformers(subject: Any) -> dict[nn.Module, type[_Transformer]]:
     """The models of a pipeline, or the one given, each with the forward it takes. Raises for what is neither."""
     try:
         from diffusers import SkyReelsV2Transformer3DModel, WanTransformer3DModel
-    except ImportError:
-        raise ImportError("this needs diffusers 0.35 or later: pip install 'skyreels-fast[diffusers]'") from None
+        from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2Attention  # noqa: F401
+    except ImportError:  # the last one: an attention of another kind, before 0.36
+        raise ImportError("this needs diffusers 0.36 or later: pip install 'skyreels-fast[diffusers]'") from None
     forwards = {SkyReelsV2Transformer3DModel: _SkyReels, WanTransformer3DModel: _Wan}
     found = {}
     given = [subject] if isinstance(subject, nn.Module) else [getattr(subject, name, None) for name in _COMPONENTS]

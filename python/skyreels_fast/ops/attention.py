@@ -29,7 +29,7 @@ def causal_blocks(queries: int, keys: int, block_tokens: int | None) -> list[tup
     if block_tokens is None:
         return [(first, keys)]
     stops = [*range((first // block_tokens + 1) * block_tokens, keys, block_tokens), keys]
-    return list(zip([first, *stops], stops, strict=False))
+    return list(zip([first, *stops[:-1]], stops, strict=True))
 
 
 def _by_prefix(dense: Dense, q: Tensor, k: Tensor, v: Tensor, block_tokens: int | None) -> Tensor:

@@ -114,7 +114,7 @@ def _check(
     if residual is not None and residual.shape != (*shape[:3], weight.shape[0]):
         raise ValueError(f"{name}: residual must be {[*shape[:3], weight.shape[0]]}, not {list(residual.shape)}")
     named = {f"frames[{i}]": frame for i, frame in enumerate(frames)}
-    named |= {"weight": weight, "bias": bias, "residual": residual, "gamma": gamma}
+    named = {**named, "weight": weight, "bias": bias, "residual": residual, "gamma": gamma}
     dtypes = {str(tensor.dtype) for tensor in named.values() if tensor is not None}
     if len(dtypes) > 1:
         raise ValueError(f"{name}: all tensors must have one dtype, not {' and '.join(sorted(dtypes))}")
