@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import resource
+import struct
 import subprocess
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import torch
 
 import skyreels_fast as sf
 from skyreels_fast import _encoder, media
+from skyreels_fast import film as film_room
+from skyreels_fast._encoder import VideoError
 from skyreels_fast.film import Film, Mark, _in_fragments
 
 
@@ -165,6 +168,31 @@ def test_a_plain_film_stays_as_it_is(tmp_path: Path) -> None:
         assert not _in_fragments(path)
     path.write_bytes((1).to_bytes(4, "big") + b"mdat" + (16).to_bytes(8, "big") + (8).to_bytes(4, "big") + b"moof")
     assert _in_fragments(path)
+
+
+def test_a_copy_that_ends_too_early_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ffmpeg 4 gives the last frame no time, and readers then leave it out."""
+    film = film_in(tmp_path)
+    write(film, 0, 9)
+    film.close()
+    path = tmp_path / "out.mp4"
+    grown, copy = path.read_bytes(), film_room.make_plain
+
+    def shortened(source: Path, target: Path) -> None:
+        copy(source, target)
+        data = bytearray(target.read_bytes())
+        at = data.index(b"mdhd") + 4
+        ticks = struct.unpack_from(">I", data, at + 16)[0]
+        struct.pack_into(">I", data, at + 16, ticks - ticks // 9)
+        target.write_bytes(data)
+
+    monkeypatch.setattr(film_room, "make_plain", shortened)
+    with pytest.raises(VideoError, match="all but the last frame's time"):
+        film.make_plain()
+    assert path.read_bytes() == grown
+    monkeypatch.undo()
+    film.make_plain()
+    assert b"moof" not in path.read_bytes()
 
 
 def shown_in(data: bytes, folder: Path) -> np.ndarray:

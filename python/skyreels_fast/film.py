@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -112,6 +113,8 @@ class Film:
         plain = unfinished(self._folder, ".mp4")
         try:
             make_plain(self.path, plain)
+            if _seconds(plain) < (self.frames - 0.5) / frame_rate(self._fps):
+                raise VideoError("this ffmpeg copies all but the last frame's time; ffmpeg 7 does not")
             with open(plain, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(plain, self.path)
@@ -230,8 +233,22 @@ def _find(data: bytes, *path: bytes) -> int:
 
 def _timescale(moov: bytes) -> int:
     """Ticks a second of the (only) track."""
+    return _time(moov)[0]
+
+
+def _time(moov: bytes) -> tuple[int, int]:
+    """The (only) track's ticks a second, and how many it lasts."""
     at = _find(moov, b"moov", b"trak", b"mdia", b"mdhd")
-    return struct.unpack_from(">I", moov, at + (20 if moov[at] else 12))[0]
+    return struct.unpack_from(">IQ" if moov[at] else ">II", moov, at + (20 if moov[at] else 12))
+
+
+def _seconds(path: Path) -> Fraction:
+    """How long an MP4 with an index lasts."""
+    with open(path, "rb") as file:
+        start, size = next((start, size) for kind, start, size in _whole_boxes(file) if kind == b"moov")
+        file.seek(start)
+        timescale, ticks = _time(file.read(size))
+    return Fraction(ticks, timescale)
 
 
 def _moved(moof: bytes, number: int, ticks: int) -> bytes:
