@@ -11,8 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from skyreels_fast import media
+from skyreels_fast._meta import without_weights
 from skyreels_fast._signals import Held, Stopped, stop
 from skyreels_fast.film import Film
 
@@ -113,6 +116,31 @@ def test_a_second_ctrl_c_does_not_wait(handled: None) -> None:
             signal.raise_signal(signal.SIGINT)
             done.append("waited")
     assert done == []
+
+
+def test_a_signal_never_meets_torch_in_its_modes(handled: None) -> None:
+    """Wherever it comes while modules without weights are made, tensors are made on the CPU again after it."""
+    for event in itertools.count(1, 11):
+        left = [event]
+
+        def tick(*_: object, left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] == 0:
+                signal.raise_signal(signal.SIGTERM)
+
+        handle_all()
+        with contextlib.suppress(Stopped):
+            sys.setprofile(tick)
+            try:
+                with without_weights():
+                    nn.Linear(2, 2)
+                    nn.Linear(2, 2)
+            finally:
+                sys.setprofile(None)
+        assert torch.empty(1).device.type == "cpu"
+        assert not Held.depth
+        if left[0] > 0:  # this one came too late
+            break
 
 
 def test_a_film_stopped_anywhere_has_every_frame_it_was_given(tmp_path: Path, handled: None) -> None:

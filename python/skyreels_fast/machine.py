@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from . import ops
+from ._meta import without_weights
 from .config import PIXEL_MULTIPLE, TransformerConfig
 from .dit.model import DiT
 from .footprint import GIB, OVERHEAD_BYTES, Footprint, check_vram
@@ -78,7 +79,7 @@ class Machine:
 
     def footprint(self, plan: Plan) -> Footprint:
         """What denoising the plan needs of GPU memory, of each GPU if there are several."""
-        with torch.device("meta"):
+        with without_weights():
             dit = DiT(self._config)
         layout = self.layout(plan)
         branches, teacache = (1 + plan.guided) // layout.branches, plan.settings.teacache

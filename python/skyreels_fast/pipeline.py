@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import media, ops
+from ._meta import without_weights
 from .checkpoint import Checkpoint
 from .conditions import Conditions, Contexts, History, image_channels, load_pictures
 from .config import MODES
@@ -117,7 +118,7 @@ class Pipeline:
             require(device)
         checkpoint = Checkpoint.open(path_or_id)
         checkpoint.require("vae")
-        with torch.device("meta"):
+        with without_weights():
             checkpoint.check_transformer(DiT(checkpoint.config))
             checkpoint.check_vae(_vae_of(checkpoint))
         options = {"offload": offload, "vram": vram, "attention": attention, "vae_dtype": vae_dtype}
@@ -257,7 +258,7 @@ class Pipeline:
     def _load(self) -> tuple[DiT, VAE]:
         """The DiT and the VAE, each in its dtype; kept for the next request."""
         if self._dit is None or self._vae is None:
-            with torch.device("meta"):
+            with without_weights():
                 dit, vae = DiT(self.checkpoint.config), _vae_of(self.checkpoint)
             self.checkpoint.load_transformer(dit, self.placement.home, self.dtype)
             self.checkpoint.load_vae(vae, self.placement.home, self.vae_dtype)

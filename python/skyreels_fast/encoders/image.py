@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from .._meta import without_weights
+
 # The images' mean and standard deviation in CLIP's training data, RGB in [0, 1] (arXiv:2103.00020).
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -74,7 +76,7 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self._is_published = _is_published(weights)
         config = _config(self.renamed(weights), settings or {}, num_heads, self.name_in_checkpoint)
-        with torch.device("meta"):
+        with without_weights():
             model = CLIPVisionModel(config).eval()
         self.model = getattr(model, "vision_model", model)  # transformers 4 wraps the tower
         self.model.post_layernorm = nn.Identity()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import UMT5Config, UMT5EncoderModel
 
+from .._meta import without_weights
 from .._words import listed
 from ..config import TransformerConfig
 
@@ -102,7 +103,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self._is_published = _is_published(weights)
         config = _config(self.renamed(weights), settings or {}, self.name_in_checkpoint)
-        with torch.device("meta"):
+        with without_weights():
             # The stack alone: UMT5EncoderModel holds the embedding under two names.
             self.model = UMT5EncoderModel(config).encoder.eval()
         self.tokenizer = None if tokenizer is None else _tokenizer(Path(tokenizer), max_tokens)
