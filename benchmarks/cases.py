@@ -115,6 +115,11 @@ def _frames(args: Args, grid: Grid) -> Iterator[Part]:
         yield part, lambda output, frame=frame: cut(output, frame)
 
 
+def _some_rows(start: int, stop: int, most: int, device: torch.device) -> Tensor:
+    """Up to so many rows from `start` to before `stop`, both ends among them."""
+    return torch.linspace(start, stop - 1, min(most, stop - start), device=device).long()
+
+
 def _draw(device: torch.device, dtype: torch.dtype, *shape: int, mean: float = 0.0, std: float = 1.0) -> Tensor:
     return torch.randn(shape, device=device, dtype=torch.float32).mul_(std).add_(mean).to(dtype)
 
@@ -180,7 +185,7 @@ def attention_weights(grid: Grid, dim: int, head_dim: int, dtype: torch.dtype, d
     args: Args = {"q": _draw(device, dtype, *shape, std=2), "k": _draw(device, dtype, 1, CONTEXT_KEYS, *shape[2:])}
     args |= {"log_counts": _draw(device, torch.float32, CONTEXT_KEYS)}
     args |= {"norm_weight": _draw(device, dtype, dim, mean=1, std=0.1)}
-    rows = torch.linspace(0, tokens - 1, min(CHECKED_FRAMES * CHECKED_ROWS, tokens), device=device).long()
+    rows = _some_rows(0, tokens, CHECKED_FRAMES * CHECKED_ROWS, device)
 
     def parts() -> Iterator[Part]:
         yield {**args, "q": args["q"][:, rows]}, lambda output: output[:, rows]
@@ -197,7 +202,7 @@ def merge_attention(grid: Grid, dim: int, head_dim: int, dtype: torch.dtype, dev
     args: Args = {name: _draw(device, dtype, *shape) for name in ("out", "more")}
     args |= {name: _draw(device, torch.float32, 1, heads, tokens) for name in ("lse", "more_lse")}
     args |= {"out_dtype": dtype}
-    rows = torch.linspace(0, tokens - 1, min(CHECKED_FRAMES * CHECKED_ROWS, tokens), device=device).long()
+    rows = _some_rows(0, tokens, CHECKED_FRAMES * CHECKED_ROWS, device)
 
     def cut(value: Any) -> Any:
         """Some tokens, which are the second dimension of results and the last of log-sum-exps."""
@@ -250,7 +255,7 @@ def _attention_rows(q: Tensor, k: Tensor, v: Tensor, block_tokens: int | None) -
     block = block_tokens or tokens
     for start in range(0, tokens, block):
         stop = min(start + block, tokens)
-        rows = torch.linspace(start, stop - 1, min(CHECKED_ROWS, stop - start), device=q.device).long()
+        rows = _some_rows(start, stop, CHECKED_ROWS, q.device)
         yield {"q": q[:, rows], "k": k[:, :stop], "v": v[:, :stop]}, lambda output, rows=rows: output[:, rows]
 
 

@@ -95,10 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         harness.keep((row | harness.common(device) for row in rows_of(device)), line, out)
     except ImportError as error:
-        print(
-            f"error: photographs need scikit-image ({error}): pip install '.[bench]'",
-            file=sys.stderr,
-        )
+        print(f"error: photographs need scikit-image ({error}): pip install '.[bench]'", file=sys.stderr)
         return 2
     return 0
 

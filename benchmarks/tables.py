@@ -131,19 +131,19 @@ def parallel_table(rows: list[Row]) -> str:
     such halves would take, but for the exchange between them.
     """
     ours = [row for row in _latest_video(rows) if row["impl"] == OURS]
-    single = {_alike(row): row["s_per_step"] for row in ours if row["gpus"] == 1}
-    guided = {_alike(row, but="guidance"): row["s_per_step"] for row in ours if row["gpus"] == 1 and not _unguided(row)}
-    several = {_alike(row) for row in ours if row["gpus"] > 1}
-    halves = {_alike(row, but="guidance") for row in ours if row["gpus"] > 1 and _unguided(row)}
+    alone = [row for row in ours if row["gpus"] == 1]
+    single = {_alike(row): row["s_per_step"] for row in alone}
+    guided = {_alike(row, but="guidance"): _alike(row) for row in alone if not _unguided(row)}
 
-    def has_guided(row: Row) -> bool:
-        return _unguided(row) and _alike(row, but="guidance") in guided
+    def work(row: Row) -> tuple[str, ...]:
+        """What a row is a part of, or all: without guidance that with guidance, where one GPU has done it."""
+        return guided.get(_alike(row, but="guidance"), _alike(row)) if _unguided(row) else _alike(row)
 
     def is_half(row: Row) -> bool:
-        return row["gpus"] > 1 and has_guided(row)
+        return row["gpus"] > 1 and work(row) != _alike(row)
 
     def times_one(row: Row) -> float | None:
-        one = guided[_alike(row, but="guidance")] if is_half(row) else single.get(_alike(row))
+        one = single.get(work(row))
         return None if one is None else one / row["s_per_step"]
 
     def linear(row: Row) -> str:
@@ -158,13 +158,8 @@ def parallel_table(rows: list[Row]) -> str:
     numbers: Columns = {"s a step": _column("s_per_step"), "times one GPU": lambda row: _number(times_one(row), 2)}
     numbers |= {"of linear": linear, "VAE decode s": _column("vae_decode_s")}
     numbers |= {"peak GiB a GPU": _column("peak_allocated_gib", 1)}
-
-    def is_shown(row: Row) -> bool:
-        if row["gpus"] > 1:
-            return True
-        return not has_guided(row) and (_alike(row) in several or _alike(row, but="guidance") in halves)
-
-    return _table([row for row in ours if is_shown(row)], texts, numbers)
+    several = {work(row) for row in ours if row["gpus"] > 1}
+    return _table([row for row in ours if row["gpus"] > 1 or _alike(row) in several], texts, numbers)
 
 
 def _unguided(row: Row) -> bool:

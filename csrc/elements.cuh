@@ -25,7 +25,7 @@ __device__ inline __half2 rounded(float2 pair, __half) { return __float22half2_r
 template <typename T, int kWidth>
 struct Elements {
   static constexpr int kBytes = static_cast<int>(sizeof(T)) * kWidth;
-    static constexpr bool kWide = kWidth > 2;
+  static constexpr bool kWide = kWidth > 2;
   using Word = std::conditional_t<kWide, std::conditional_t<kBytes % kPackBytes == 0, uint4, uint2>, T>;
   static constexpr int kWords = kBytes / static_cast<int>(sizeof(Word));
   static_assert(kWidth <= 2 || kBytes % sizeof(Word) == 0);

@@ -92,7 +92,7 @@ def _begun(rank: int) -> dict[str, object]:
     """What a call of Ulysses has done before it is given v; and what it has in memory for attention."""
     group = World(CPU).groups(Layout(2))
     attend = SequenceAttention(Layout(2), group, rank, 6, None)
-    q, k, v = (x.unflatten(1, (2, 6))[:, :, 3 * rank : 3 * rank + 3].flatten(1, 2) for x in _whole(12))
+    q, k, v = (x[:, :, 3 * rank : 3 * rank + 3].flatten(1, 2) for x in draw(2, 6))
     seen: dict[str, object] = {"sent": 0}
     exchange, attention = dist.all_to_all_single, sequence.attention
 
@@ -111,11 +111,6 @@ def _begun(rank: int) -> dict[str, object]:
     return seen
 
 
-def _whole(tokens: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(tokens)
-    return [torch.randn(1, tokens, HEADS, HEAD_DIM, generator=generator) for _ in range(3)]
-
-
 def test_ulysses_sends_queries_and_keys_before_there_are_values() -> None:
     for seen in together(2, _begun):
         assert (seen["before v"], seen["sent"]) == (2, 4)
@@ -124,7 +119,7 @@ def test_ulysses_sends_queries_and_keys_before_there_are_values() -> None:
 
 def _compiled(rank: int) -> tuple[Tensor, Tensor]:
     attend = SequenceAttention(Layout(2), World(CPU).groups(Layout(2)), rank, 6, None)
-    q, k, v = (x.unflatten(1, (2, 6))[:, :, 3 * rank : 3 * rank + 3].flatten(1, 2) for x in _whole(12))
+    q, k, v = (x[:, :, 3 * rank : 3 * rank + 3].flatten(1, 2) for x in draw(2, 6))
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, block_tokens=6)

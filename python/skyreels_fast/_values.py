@@ -12,6 +12,7 @@ from typing import Any
 
 from ._files import open_image, open_video
 from .config import PIXEL_MULTIPLE, RESOLUTIONS
+from .sampling.windows import latent_frames, pixel_frames
 
 CONTEXT_TOKENS = 512
 CLIP_TOKENS = (1, 257, 1280)
@@ -122,7 +123,7 @@ def probe_video(name: str, value: Any, frames: int) -> tuple[int, int, float | N
     else:
         found, size, fps = _probe_video_file(name, value, frames)
     if found < frames:
-        most = max(1, (found - 1) // 4 * 4 + 1)
+        most = max(1, pixel_frames(latent_frames(found)))
         fix = f"use overlap_history={most} or less, or a longer video"
         raise RequestError(name, value, f"has {found} of the {frames} frames that overlap_history takes: {fix}")
     return *size, fps

@@ -164,7 +164,8 @@ class _Take:
             if kind == b"ftyp":
                 self._own = box
             elif kind == b"moov":
-                self._ticks = int(_timescale(box) / self._rate * self._before.frames)
+                timescale, _ = _time(box)
+                self._ticks = int(timescale / self._rate * self._before.frames)
                 yield head(self._own + box)
             elif kind == b"moof":
                 self._moof = box
@@ -229,11 +230,6 @@ def _find(data: bytes, *path: bytes) -> int:
         else:
             raise KeyError(b"/".join(path[: depth + 1]))
     return start
-
-
-def _timescale(moov: bytes) -> int:
-    """Ticks a second of the (only) track."""
-    return _time(moov)[0]
 
 
 def _time(moov: bytes) -> tuple[int, int]:

@@ -174,8 +174,10 @@ class Checkpoint:
                 return self.root / name
         raise CheckpointError(f"{self.root} lacks {_TOKENIZERS[0]}/tokenizer.json (or {_TOKENIZERS[1]}/)")
 
-    def check_encoder(self, part: str, make: Callable[[dict[str, Tensor], dict], Encoder]) -> None:
+    def check_encoder(self, part: str, make: Callable[[dict[str, Tensor], dict], Encoder]) -> Encoder:
         """Compare the names and shapes of an encoder's tensors with those it needs; reads no data.
+
+        Returns the encoder, still on the meta device.
 
         Args:
             part: "text_encoder" or "image_encoder".
@@ -192,6 +194,7 @@ class Checkpoint:
         except Exception as error:  # the libraries beneath raise what they like at odd shapes and settings
             raise CheckpointError(f"{what}: {one_line(error)}") from error
         check(encoder, sources, what=what, shown=encoder.name_in_checkpoint)
+        return encoder
 
     def load_text_encoder(self, encoder: Encoder, device: torch.device | str | Home, dtype: torch.dtype) -> None:
         """Give `encoder`, made from `text_weights`, its weights. Raises CheckpointError where they do not fit."""

@@ -36,7 +36,7 @@ class Checkpoint(Protocol):
 
     def load_text_encoder(self, encoder: TextEncoder, device: Any, dtype: torch.dtype) -> None: ...
 
-    def check_encoder(self, part: str, make: Callable[[dict[str, Tensor], dict], TextEncoder]) -> None: ...
+    def check_encoder(self, part: str, make: Callable[[dict[str, Tensor], dict], TextEncoder]) -> TextEncoder: ...
 
 
 _PUBLISHED = {
@@ -137,8 +137,6 @@ class TextEncoder(nn.Module):
         has more tokens than the encoder, or the contexts are not text_dim wide.
         """
 
-        tokenizers = []
-
         def make(weights: dict[str, Tensor], settings: dict) -> TextEncoder:
             config = checkpoint.config
             encoder = cls(weights, settings, tokenizer=checkpoint.tokenizer_path(), max_tokens=config.text_len)
@@ -147,11 +145,9 @@ class TextEncoder(nn.Module):
                 raise ValueError(f"its contexts are {width} wide, the transformer's text_dim is {config.text_dim}")
             if (tokens := encoder.tokenizer.get_vocab_size()) > rows:
                 raise ValueError(f"its tokenizer has {tokens} tokens, its token embedding {rows} rows")
-            tokenizers.append(encoder.tokenizer)
             return encoder
 
-        checkpoint.check_encoder("text_encoder", make)
-        return tokenizers[0]
+        return checkpoint.check_encoder("text_encoder", make).tokenizer
 
     def name_in_checkpoint(self, name: str) -> str:
         """A name as `renamed` gives it → the name in the checkpoint."""

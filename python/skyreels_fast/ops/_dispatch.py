@@ -105,6 +105,12 @@ def check_tensors(op: str, /, **values: Tensor | torch.dtype | None) -> None:
             raise ValueError(f"{op}: {label} must be float16, bfloat16, float32 or float64, not {dtype}")
 
 
+def math_dtype_of(*values: Tensor | torch.dtype | None) -> torch.dtype:
+    """What is computed in: float32, float64 where one of these tensors or dtypes is."""
+    dtypes = [value.dtype if isinstance(value, Tensor) else value for value in values]
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd follows an operation on these: kernels have no backward, "ref" has."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from skyreels_fast.ops import _adaln_kernels as kernels
-from skyreels_fast.ops._dispatch import check_tensors, choose_kernel
+from skyreels_fast.ops._dispatch import check_tensors, choose_kernel, math_dtype_of
 
 BACKENDS = ("triton", "ref")
 
@@ -153,10 +153,6 @@ def scale_residual_norm_scale_shift_cost(
     return moved + 3 * batch * frames * dim * 4, (11 + (addend_bytes > 0)) * elements
 
 
-def _math_dtype(*tensors: Tensor | None) -> torch.dtype:
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
 def _choose(name: str, backend: str | None, named: dict[str, Tensor | None], results: dict[str, torch.dtype]) -> str:
     """`choose_kernel` of checked tensors, the first of which is [B, L, D]."""
     check_tensors(name, **named, **results)
@@ -233,7 +229,7 @@ def norm_scale_shift(
     backend = _choose(name, backend, named, {"out_dtype": dtype})
     if backend != "ref":
         return kernels.norm_scale_shift(**named, eps=eps, out_dtype=dtype)
-    return norm_scale_shift_ref(**named, eps=eps, out_dtype=dtype, math_dtype=_math_dtype(x, residual))
+    return norm_scale_shift_ref(**named, eps=eps, out_dtype=dtype, math_dtype=math_dtype_of(x, residual))
 
 
 def scale_residual(
@@ -257,7 +253,7 @@ def scale_residual(
     backend = _choose(name, backend, named, {"out_dtype": dtype})
     if backend != "ref":
         return kernels.scale_residual(**named, out_dtype=dtype)
-    return scale_residual_ref(**named, out_dtype=dtype, math_dtype=_math_dtype(residual, x, addend))
+    return scale_residual_ref(**named, out_dtype=dtype, math_dtype=math_dtype_of(residual, x, addend))
 
 
 def scale_residual_norm_scale_shift(
@@ -289,4 +285,6 @@ def scale_residual_norm_scale_shift(
     backend = _choose(name, backend, named, results)
     if backend != "ref":
         return kernels.scale_residual_norm_scale_shift(**named, eps=eps, **results)
-    return scale_residual_norm_scale_shift_ref(**named, eps=eps, **results, math_dtype=_math_dtype(residual, x, addend))
+    return scale_residual_norm_scale_shift_ref(
+        **named, eps=eps, **results, math_dtype=math_dtype_of(residual, x, addend)
+    )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from skyreels_fast.ops import _attention_backends as backends
 from skyreels_fast.ops._attention_backends import Dense
-from skyreels_fast.ops._dispatch import check_backend, check_tensors, needs_grad
+from skyreels_fast.ops._dispatch import check_backend, check_tensors, math_dtype_of, needs_grad
 
 BACKENDS = backends.NAMES
 
@@ -135,8 +135,7 @@ def attention(
     _check(q, k, v, block_tokens)
     chosen = _choose(backend, q, k, v)
     if chosen == "ref":
-        math_dtype = torch.promote_types(q.dtype, torch.float32)
-        return attention_ref(q, k, v, block_tokens=block_tokens, math_dtype=math_dtype)
+        return attention_ref(q, k, v, block_tokens=block_tokens, math_dtype=math_dtype_of(q))
     return _by_prefix(backends.dense(chosen), q, k, v, block_tokens)
 
 
@@ -149,7 +148,7 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None =
     """
     _check(q, k, v, None)
     chosen = _choose(backend, q, k, v)
-    math_dtype = torch.promote_types(q.dtype, torch.float32)
+    math_dtype = math_dtype_of(q)
     if chosen == "ref" or k.shape[1] == 0 or (backend is None and needs_grad(q, k, v)):
         scores = torch.einsum("bqnd,bknd->bnqk", q.to(math_dtype), k.to(math_dtype)) * q.shape[-1] ** -0.5
         return attention_ref(q, k, v, math_dtype=math_dtype), scores.logsumexp(dim=-1)

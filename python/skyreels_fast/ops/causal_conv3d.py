@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from skyreels_fast.ops import _causal_conv3d_kernels as kernels
-from skyreels_fast.ops._dispatch import check_backend, check_tensors, choose, needs_grad
+from skyreels_fast.ops._dispatch import check_backend, check_tensors, choose, math_dtype_of, needs_grad
 from skyreels_fast.ops.norm_silu import norm_silu, norm_silu_ref
 
 BACKENDS = ("triton", "conv2d", "conv3d", "ref")
@@ -163,7 +163,7 @@ def causal_conv3d(
     if backend == "triton":
         return kernels.causal_conv3d(list(frames), weight, bias, residual, gamma)
     if backend == "ref":
-        math_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        math_dtype = math_dtype_of(weight)
         return causal_conv3d_ref(frames, weight, bias, residual, gamma, math_dtype=math_dtype)
     out = {"conv2d": _conv2d, "conv3d": _conv3d}[backend](frames, weight, bias, residual)
     return out if gamma is None else norm_silu(out, gamma)

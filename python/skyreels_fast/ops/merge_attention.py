@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from skyreels_fast.ops._dispatch import check_tensors, choose_kernel, jit, tl, triton
+from skyreels_fast.ops._dispatch import check_tensors, choose_kernel, jit, math_dtype_of, tl, triton
 
 BACKENDS = ("triton", "ref")
 _NAME = "merge_attention"
@@ -146,5 +146,4 @@ def merge_attention(
         refusal += ", ".join(map(str, dict.fromkeys(dtypes)))
     if choose_kernel(_NAME, backend, BACKENDS, refusal, *tensors) != "ref":
         return _merge_attention(*tensors, out_dtype or torch.float32)
-    math_dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-    return merge_attention_ref(*tensors, out_dtype=out_dtype, math_dtype=math_dtype)
+    return merge_attention_ref(*tensors, out_dtype=out_dtype, math_dtype=math_dtype_of(*dtypes))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from skyreels_fast.ops._dispatch import check_tensors, choose_kernel, jit, tl, triton
+from skyreels_fast.ops._dispatch import check_tensors, choose_kernel, jit, math_dtype_of, tl, triton
 
 BACKENDS = ("triton", "ref")
 _EPS = 1e-12
@@ -115,6 +115,6 @@ def norm_silu(x: Tensor, gamma: Tensor, *, silu: bool = True, backend: str | Non
     float64, or a backend that is not there or does not take them.
     """
     if _choose(backend, x, gamma) == "ref":
-        math_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        math_dtype = math_dtype_of(x)
         return norm_silu_ref(x, gamma, silu=silu, math_dtype=math_dtype)
     return _norm_silu(x, gamma, silu)

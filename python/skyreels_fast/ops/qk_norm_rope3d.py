@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from skyreels_fast.ops import _qk_norm_rope3d_operators as operators
-from skyreels_fast.ops._dispatch import check_tensors, choose_kernel
+from skyreels_fast.ops._dispatch import check_tensors, choose_kernel, math_dtype_of
 
 Grid = tuple[int, int, int]
 
@@ -172,7 +172,7 @@ def qk_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, backend: str | None
     backend = _choose("qk_norm", backend, x, weight)
     if backend != "ref":
         return operators.qk_norm(x, weight, eps, backend)
-    return qk_norm_ref(x, weight, eps=eps, math_dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
+    return qk_norm_ref(x, weight, eps=eps, math_dtype=math_dtype_of(x)).to(x.dtype)
 
 
 def _norm_rope(
@@ -205,7 +205,7 @@ def _norm_rope(
         operators.qk_norm_rope3d_(*arguments)
         return q, k
     places = {"frame_offset": frame_offset, "token_range": token_range, "theta": theta}
-    math_dtype = torch.promote_types(q.dtype, torch.float32)
+    math_dtype = math_dtype_of(q)
     outs = qk_norm_rope3d_ref(q, k, q_weight, k_weight, tuple(grid), eps=eps, math_dtype=math_dtype, **places)
     return (q.copy_(outs[0]), k.copy_(outs[1])) if in_place else outs
 

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from skyreels_fast.ops._dispatch import check_tensors, choose, jit, tl, triton
+from skyreels_fast.ops._dispatch import check_tensors, choose, jit, math_dtype_of, tl, triton
 
 BACKENDS = ("triton", "ref")
 _BLOCK = 2048  # elements a Triton program takes at a time
@@ -103,10 +103,6 @@ def _check(name: str, backend: str | None, **tensors: Tensor) -> str:
     return backend
 
 
-def _math_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _elementwise(sign: int, a: Tensor, b: Tensor) -> Tensor:
     a, b = a.contiguous(), b.contiguous()
     out = torch.empty(a.shape, dtype=a.dtype, device=a.device)
@@ -157,7 +153,7 @@ def residual_add(x: Tensor, residual: Tensor, *, backend: str | None = None) -> 
     """
     backend = _check("residual_add", backend, x=x, residual=residual)
     if backend == "ref":
-        return residual_add_ref(x, residual, math_dtype=_math_dtype(x))
+        return residual_add_ref(x, residual, math_dtype=math_dtype_of(x))
     return _residual_add(x, residual)
 
 
@@ -165,7 +161,7 @@ def residual_save(after: Tensor, before: Tensor, *, backend: str | None = None) 
     """after - before, a new tensor: what `residual_add` adds again. Arguments and errors as there."""
     backend = _check("residual_save", backend, after=after, before=before)
     if backend == "ref":
-        return residual_save_ref(after, before, math_dtype=_math_dtype(after))
+        return residual_save_ref(after, before, math_dtype=math_dtype_of(after))
     return _residual_save(after, before)
 
 
@@ -179,5 +175,5 @@ def relative_l1(new: Tensor, old: Tensor, *, backend: str | None = None) -> Tens
     if new.numel() == 0:
         raise ValueError(f"relative_l1: new {list(new.shape)} is empty")
     if backend == "ref":
-        return relative_l1_ref(new, old, math_dtype=_math_dtype(new)).float()
+        return relative_l1_ref(new, old, math_dtype=math_dtype_of(new)).float()
     return _relative_l1(new, old)
