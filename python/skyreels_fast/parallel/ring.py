@@ -51,7 +51,9 @@ def ring_attention(
 
     lengths: tokens of a frame that each process has; tokens go frame by frame. block_frames: None, or how many frames
     see themselves and the earlier ones only; then q has the last of the frames of k and v.
-    The next keys and values are under way while the ones in hand are attended to. It has no gradient.
+    The next keys and values arrive before the ones in hand are attended to: a kernel of attention that keeps every
+    multiprocessor until it ends, as FlashAttention 3's does, leaves the exchange none, or waits for those that an
+    exchange begun first holds until the other device has come as far. It has no gradient.
     """
     place, size = dist.get_rank(group), dist.get_world_size(group)
     own = lengths[place]
@@ -64,13 +66,12 @@ def ring_attention(
     for step in range(size):
         source = (place - step) % size
         coming = _view(there, shapes[source - 1])
-        works = _pass_on(held, coming, place, size, group) if step + 1 < size else []
+        if step + 1 < size:
+            _pass_on(held, coming, place, size, group)
         part = _attend(q, held, own, lengths[source], block_frames, backend)
         if result is not None:
             part = merge_attention(*result, *part, out_dtype=q.dtype if step + 1 == size else sum_dtype)
         result = part
-        for work in works:
-            work.wait()
         held, here, there = coming, there, here
     return result[0]
 
@@ -79,11 +80,12 @@ def _view(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
     return flat[: prod(shape)].view(shape)
 
 
-def _pass_on(held: Tensor, coming: Tensor, place: int, size: int, group: dist.ProcessGroup) -> list[dist.Work]:
-    """Begin to send what is held to the process after, and to receive what comes from the one before."""
+def _pass_on(held: Tensor, coming: Tensor, place: int, size: int, group: dist.ProcessGroup) -> None:
+    """Send what is held to the process after, and receive what comes from the one before."""
     after, before = (dist.get_global_rank(group, (place + step) % size) for step in (1, -1))
     exchange = [dist.P2POp(dist.isend, held, after, group), dist.P2POp(dist.irecv, coming, before, group)]
-    return dist.batch_isend_irecv(exchange)
+    for work in dist.batch_isend_irecv(exchange):
+        work.wait()
 
 
 def _attend(
