@@ -76,7 +76,7 @@ def _upcast(args: Args) -> Args:
 
 
 def _case(module: Any, op: str, args: Args, cost: tuple[int, int], grid: Grid, *, variant: str = "", **given) -> Case:
-    """A case of the function `op` of a room of ops, checked frame by frame unless `given` says otherwise."""
+    """A case of the function `op` of a module of ops, checked frame by frame unless `given` says otherwise."""
     x = args.get("x", next(value for value in args.values() if isinstance(value, Tensor)))
     function = getattr(module, op)
     defaults = {
@@ -125,7 +125,7 @@ def _draw(device: torch.device, dtype: torch.dtype, *shape: int, mean: float = 0
 
 
 def adaln(grid: Grid, dim: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
-    room = importlib.import_module("skyreels_fast.ops.adaln")
+    module = importlib.import_module("skyreels_fast.ops.adaln")
     frames, tokens, low = grid[0], grid[0] * grid[1] * grid[2], dtype.itemsize
     shape = (1, tokens, dim)
     x = _draw(device, dtype, *shape, mean=0.5, std=3)
@@ -136,17 +136,17 @@ def adaln(grid: Grid, dim: int, head_dim: int, dtype: torch.dtype, device: torch
     weight, bias = _draw(device, dtype, dim, mean=1, std=0.1), _draw(device, dtype, dim, std=0.1)
 
     args: Args = {"x": x, "scale": scale, "shift": shift}
-    cost = room.norm_scale_shift_cost(shape, frames, x_bytes=low, out_bytes=low)
-    yield _case(room, "norm_scale_shift", args, cost, grid)
+    cost = module.norm_scale_shift_cost(shape, frames, x_bytes=low, out_bytes=low)
+    yield _case(module, "norm_scale_shift", args, cost, grid)
 
     # What a block does after self-attention.
     args = {"x": branch, "scale": None, "shift": None, "weight": weight, "bias": bias, "residual": x, "gate": gate}
-    cost = room.norm_scale_shift_cost(shape, frames, residual_bytes=low, x_bytes=low, out_bytes=low)
-    yield _case(room, "norm_scale_shift", args, cost, grid, variant="gated residual, affine")
+    cost = module.norm_scale_shift_cost(shape, frames, residual_bytes=low, x_bytes=low, out_bytes=low)
+    yield _case(module, "norm_scale_shift", args, cost, grid, variant="gated residual, affine")
 
     args = {"residual": residual, "x": branch, "gate": gate, "out_dtype": dtype}
-    cost = room.scale_residual_cost(shape, frames, residual_bytes=4, x_bytes=low, out_bytes=low)
-    yield _case(room, "scale_residual", args, cost, grid)
+    cost = module.scale_residual_cost(shape, frames, residual_bytes=4, x_bytes=low, out_bytes=low)
+    yield _case(module, "scale_residual", args, cost, grid)
 
     op = "scale_residual_norm_scale_shift"
     variants = {  # what a block does after cross-attention, and with its last gate
@@ -158,28 +158,28 @@ def adaln(grid: Grid, dim: int, head_dim: int, dtype: torch.dtype, device: torch
         args |= {"residual_dtype": kept, "out_dtype": dtype}
         sizes = {"residual_bytes": base.itemsize, "x_bytes": low, "addend_bytes": 0 if addend is None else low}
         sizes |= {"residual_out_bytes": kept.itemsize, "out_bytes": low}
-        cost = room.scale_residual_norm_scale_shift_cost(shape, frames, **sizes)
-        yield _case(room, op, args, cost, grid, variant=variant)
+        cost = module.scale_residual_norm_scale_shift_cost(shape, frames, **sizes)
+        yield _case(module, op, args, cost, grid, variant=variant)
 
 
 def qk_norm_rope3d(grid: Grid, dim: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
-    room = importlib.import_module("skyreels_fast.ops.qk_norm_rope3d")
+    module = importlib.import_module("skyreels_fast.ops.qk_norm_rope3d")
     tokens, heads = grid[0] * grid[1] * grid[2], dim // head_dim
     shape = (1, tokens, heads, head_dim)
     q_weight, k_weight = (_draw(device, dtype, dim, mean=1, std=0.1) for _ in range(2))
     q, k, _ = _draw(device, dtype, 1, tokens, 3, heads, head_dim, std=2).unbind(2)  # as a fused product leaves them
     args: Args = {"q": q, "k": k, "q_weight": q_weight, "k_weight": k_weight, "grid": grid}
-    yield _case(room, "qk_norm_rope3d", args, room.qk_norm_rope3d_cost(shape, itemsize=dtype.itemsize), grid)
+    yield _case(module, "qk_norm_rope3d", args, module.qk_norm_rope3d_cost(shape, itemsize=dtype.itemsize), grid)
 
     args = {"x": q.contiguous(), "weight": q_weight}
-    yield _case(room, "qk_norm", args, room.qk_norm_cost(shape, itemsize=dtype.itemsize), grid)
+    yield _case(module, "qk_norm", args, module.qk_norm_cost(shape, itemsize=dtype.itemsize), grid)
 
 
 CONTEXT_KEYS = 104  # a prompt of 100 tokens and some for its padding
 
 
 def attention_weights(grid: Grid, dim: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
-    room = importlib.import_module("skyreels_fast.ops.attention_weights")
+    module = importlib.import_module("skyreels_fast.ops.attention_weights")
     tokens, heads = grid[0] * grid[1] * grid[2], dim // head_dim
     shape = (1, tokens, heads, head_dim)
     args: Args = {"q": _draw(device, dtype, *shape, std=2), "k": _draw(device, dtype, 1, CONTEXT_KEYS, *shape[2:])}
@@ -190,13 +190,13 @@ def attention_weights(grid: Grid, dim: int, head_dim: int, dtype: torch.dtype, d
     def parts() -> Iterator[Part]:
         yield {**args, "q": args["q"][:, rows]}, lambda output: output[:, rows]
 
-    cost = room.attention_weights_cost(shape, CONTEXT_KEYS, norm=True, itemsize=dtype.itemsize)
-    yield _case(room, "attention_weights", args, cost, grid, parts=parts)
+    cost = module.attention_weights_cost(shape, CONTEXT_KEYS, norm=True, itemsize=dtype.itemsize)
+    yield _case(module, "attention_weights", args, cost, grid, parts=parts)
 
 
 def merge_attention(grid: Grid, dim: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     """As the last step of a ring of two has it."""
-    room = importlib.import_module("skyreels_fast.ops.merge_attention")
+    module = importlib.import_module("skyreels_fast.ops.merge_attention")
     tokens, heads = grid[0] * grid[1] * grid[2], dim // head_dim
     shape = (1, tokens, heads, head_dim)
     args: Args = {name: _draw(device, dtype, *shape) for name in ("out", "more")}
@@ -211,42 +211,42 @@ def merge_attention(grid: Grid, dim: int, head_dim: int, dtype: torch.dtype, dev
     def parts() -> Iterator[Part]:
         yield {name: cut(value) for name, value in args.items()}, cut
 
-    cost = room.merge_attention_cost(shape, itemsizes=(dtype.itemsize,) * 3)
-    yield _case(room, "merge_attention", args, cost, grid, parts=parts)
+    cost = module.merge_attention_cost(shape, itemsizes=(dtype.itemsize,) * 3)
+    yield _case(module, "merge_attention", args, cost, grid, parts=parts)
 
 
 def residual_reuse(grid: Grid, dim: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
-    room = importlib.import_module("skyreels_fast.ops.residual_reuse")
+    module = importlib.import_module("skyreels_fast.ops.residual_reuse")
     shape = (1, grid[0] * grid[1] * grid[2], dim)
     before = _draw(device, dtype, *shape)
     after = before + _draw(device, dtype, *shape, std=0.3)
     names = {"residual_add": ("x", "residual"), "residual_save": ("after", "before"), "relative_l1": ("new", "old")}
     for op, labels in names.items():
         args: Args = dict(zip(labels, (after, before), strict=True))
-        cost = getattr(room, f"{op}_cost")(shape, itemsize=dtype.itemsize)
+        cost = getattr(module, f"{op}_cost")(shape, itemsize=dtype.itemsize)
         whole = {"parts": lambda args=args: iter([(args, lambda output: output)])} if op == "relative_l1" else {}
-        yield _case(room, op, args, cost, grid, **whole)
+        yield _case(module, op, args, cost, grid, **whole)
 
 
 def attention(grid: Grid, dim: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
-    room = importlib.import_module("skyreels_fast.ops.attention")
+    module = importlib.import_module("skyreels_fast.ops.attention")
     per_frame, heads = grid[1] * grid[2], dim // head_dim
     tokens = grid[0] * per_frame
     shape = (1, tokens, heads, head_dim)
     # As qk_norm_rope3d leaves q and k: of about unit size; v is a view of the fused product.
     q, k = (_draw(device, dtype, *shape) for _ in range(2))
     v = _draw(device, dtype, 1, tokens, 3, heads, head_dim).unbind(2)[2]
-    backends = [name for name in _backends(room, device.type) if name != "ref"]
+    backends = [name for name in _backends(module, device.type) if name != "ref"]
     if heads * tokens**2 * 4 <= SCORES_LIMIT:
         backends.append("ref")
     block = max(1, grid[0] // 5) * per_frame  # five blocks, as for asynchronous videos
     for variant, block_tokens in (("dense", None), ("block-causal", block)):
         args: Args = {"q": q, "k": k, "v": v, "block_tokens": block_tokens}
-        cost = room.attention_cost(shape, tokens, block_tokens=block_tokens, itemsize=dtype.itemsize)
+        cost = module.attention_cost(shape, tokens, block_tokens=block_tokens, itemsize=dtype.itemsize)
         parts = {"parts": lambda b=block_tokens: _attention_rows(q, k, v, b)}
         eager = ("torch-sdpa", _torch_sdpa(q, k, v, block_tokens))
         given = {"backends": backends, "eager": eager, "compiles": False, **parts}
-        yield _case(room, "attention", args, cost, grid, variant=variant, **given)
+        yield _case(module, "attention", args, cost, grid, variant=variant, **given)
 
 
 def _attention_rows(q: Tensor, k: Tensor, v: Tensor, block_tokens: int | None) -> Iterator[Part]:

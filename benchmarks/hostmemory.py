@@ -63,9 +63,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--height", type=int, default=None)
     parser.add_argument("--width", type=int, default=None)
     parser.add_argument("--offload", action="store_true")
-    parser.add_argument("--out", type=Path, default=harness.RESULTS / "hostmemory.jsonl")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/hostmemory.jsonl, on a GPU")
     args = parser.parse_args(argv)
     device = harness.default_device()
+    out = harness.output_file(args.out, "hostmemory", device)
     names = ("model_id", "base_num_frames", "overlap_history", "inference_steps", "height", "width")
     settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         found = run([*words, "--num_frames", str(frames)])
         peaks.append(found["peak_host_mib"])
         row = {"bench": "hostmemory", **harness.common(device), **settings, "offload": args.offload, "frames": frames}
-        harness.append(args.out, row | found)
+        harness.append(out, row | found)
         off = peaks[-1] / peaks[0] - 1
         print(f"{frames} frames: {peaks[-1]:.0f} MiB ({off:+.1%}), {found['seconds']:.0f} s", flush=True)
     return int(any(abs(peak / peaks[0] - 1) > TOLERANCE for peak in peaks))

@@ -5,7 +5,7 @@
 //                    (a, b) -> (a cos - b sin, a sin + b cos)
 //
 // Inputs [B, L, N, Dh] of one type (float32, float16, bfloat16) have free strides but for Dh, which is contiguous;
-// outputs are contiguous. Weights [N * Dh] are contiguous, of the inputs' type or float32. Dh is even and at most
+// so have the outputs of qk_norm_rope3d, which may be its inputs; that of qk_norm is contiguous. Weights [N * Dh] are contiguous, of the inputs' type or float32. Dh is even and at most
 // kMaxHeadChannels, N * Dh at most kMaxChannels, B and f at most kMaxFrames, h and w at most kMaxSide. Arithmetic is
 // float32, rounded once on the way out.
 //
@@ -50,8 +50,8 @@ struct Side {
   T* out;
   const T* x;
   const W* weight;
-  std::int64_t batch_stride, token_stride;
-  int head_stride;
+  std::int64_t batch_stride, token_stride, out_batch_stride, out_token_stride;
+  int head_stride, out_head_stride;
 };
 
 struct Rope {
@@ -166,18 +166,17 @@ __global__ void __launch_bounds__(kMaxThreads<kWidth>, kMinBlocks<T, kWidth>)
 
   float2 turn[kPairs];
   if constexpr (kTurns) load_turns(turn, arguments.rope, channel / 2);
-  const int channels = arguments.heads * arguments.head_dim;
-  const std::int64_t out_at = (std::int64_t{blockIdx.z} * gridDim.y * gridDim.x + token) * channels;
 #pragma unroll
   for (int s = 0; s < kSides; ++s) {
     const Side<T, W>& side = arguments.side[s];
+    T* const out = side.out + blockIdx.z * side.out_batch_stride + token * side.out_token_stride;
     const float scale = precise_rsqrt(sums[s] * arguments.over_channels + arguments.eps);
 #pragma unroll
     for (int j = 0; j < kPacks; ++j) {
       const int head = first + j * step;
       if (head >= end) continue;
-      const int at = head * arguments.head_dim + channel;
-      const auto weight = Elements<W, kWidth>::template load<false>(side.weight + at);
+      const int of_weight = head * arguments.head_dim + channel;
+      const auto weight = Elements<W, kWidth>::template load<false>(side.weight + of_weight);
 #pragma unroll
       for (int i = 0; i < kPairs; ++i) {
         const float2 by = weight.pair(i);
@@ -186,7 +185,7 @@ __global__ void __launch_bounds__(kMaxThreads<kWidth>, kMinBlocks<T, kWidth>)
         if constexpr (kTurns) y = {y.x * turn[i].x - y.y * turn[i].y, y.x * turn[i].y + y.y * turn[i].x};
         x[s][j].set_pair(i, y);
       }
-      x[s][j].store(side.out + (out_at + at));
+      x[s][j].store(out + (head * side.out_head_stride + channel));
     }
   }
 }
@@ -194,7 +193,7 @@ __global__ void __launch_bounds__(kMaxThreads<kWidth>, kMinBlocks<T, kWidth>)
 struct Given {
   const char* name;
   Address out, x, weight;
-  Strides strides;
+  Strides out_strides, strides;
 };
 
 // What the kernel is asked for, whatever the element type.
@@ -215,9 +214,10 @@ void launch(const Task& task, const Given (&given)[kSides]) {
   Arguments<T, W, kSides> arguments{{},   task.rope, heads, head_dim, step, Divisor(head_dim / kWidth), over_channels,
                                     static_cast<float>(task.eps)};
   for (int s = 0; s < kSides; ++s) {
-    const auto& [name, out, x, weight, strides] = given[s];
+    const auto& [name, out, x, weight, out_strides, strides] = given[s];
     arguments.side[s] = {reinterpret_cast<T*>(out), reinterpret_cast<const T*>(x), reinterpret_cast<const W*>(weight),
-                         strides[0], strides[1], static_cast<int>(strides[2])};
+                         strides[0], strides[1], out_strides[0], out_strides[1], static_cast<int>(strides[2]),
+                         static_cast<int>(out_strides[2])};
   }
   const int warps = (step * arguments.packs.value + 31) / 32;
   norm_kernel<kWidth><<<task.tokens, warps * 32, 0, task.stream>>>(arguments);
@@ -227,15 +227,17 @@ void launch(const Task& task, const Given (&given)[kSides]) {
 template <typename T, typename W, int kSides>
 void check_and_launch(const Task& task, const Given (&given)[kSides]) {
   bool wide = task.shape[3] * sizeof(T) % kPackBytes == 0;
-  for (const auto& [name, out, x, weight, strides] : given) {
+  for (const auto& [name, out, x, weight, out_strides, strides] : given) {
     const std::string label = name;
     check_address<T>(out, (label + "_out").c_str(), task.where);
     check_address<T>(x, name, task.where);
     check_address<W>(weight, (label + "_weight").c_str(), task.where);
-    require(strides[2] >= 0 && strides[2] <= INT32_MAX / task.shape[2],
-            std::string(task.where) + ": the heads of " + label + " are too far apart");
     wide = wide && (out | x | weight) % kPackBytes == 0;
-    for (const std::int64_t stride : strides) wide = wide && stride * sizeof(T) % kPackBytes == 0;
+    for (const Strides& each : {out_strides, strides}) {
+      require(each[2] >= 0 && each[2] <= INT32_MAX / task.shape[2],
+              std::string(task.where) + ": the heads of " + label + " are too far apart");
+      for (const std::int64_t stride : each) wide = wide && stride * sizeof(T) % kPackBytes == 0;
+    }
   }
   wide ? launch<kPackBytes / sizeof(T), T, W>(task, given) : launch<2, T, W>(task, given);
 }
@@ -264,12 +266,14 @@ void qk_norm(Address out, Address x, Address weight, Shape shape, Strides stride
   const dim3 tokens(static_cast<unsigned>(shape[1]), 1, static_cast<unsigned>(shape[0]));
   const Rope none{nullptr, 0, Divisor(1), 0, 0, 0};
   const Task task{"qk_norm", shape, tokens, none, eps, reinterpret_cast<cudaStream_t>(stream)};
-  run(task, {{"x", out, x, weight, strides}}, dtype, weight_dtype);
+  const Strides contiguous{shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3]};
+  run(task, {{"x", out, x, weight, contiguous, strides}}, dtype, weight_dtype);
 }
 
 void qk_norm_rope3d(Address q_out, Address k_out, Address q, Address k, Address q_weight, Address k_weight,
-                    Address table, Shape shape, Strides q_strides, Strides k_strides, Extent grid, Range token_range,
-                    double eps, int dtype, int weight_dtype, Address stream) {
+                    Address table, Shape shape, Strides q_out_strides, Strides k_out_strides, Strides q_strides,
+                    Strides k_strides, Extent grid, Range token_range, double eps, int dtype, int weight_dtype,
+                    Address stream) {
   const std::string where = "qk_norm_rope3d";
   check_address<float2>(table, "table", where.c_str());
   const auto [frames, height, width] = grid;
@@ -284,7 +288,9 @@ void qk_norm_rope3d(Address q_out, Address k_out, Address q, Address k, Address 
   const auto per_frame = static_cast<unsigned>(stop - start);
   const dim3 tokens(per_frame, static_cast<unsigned>(frames), static_cast<unsigned>(shape[0]));
   const Task task{where.c_str(), shape, tokens, rope, eps, reinterpret_cast<cudaStream_t>(stream)};
-  run(task, {{"q", q_out, q, q_weight, q_strides}, {"k", k_out, k, k_weight, k_strides}}, dtype, weight_dtype);
+  run(task,
+      {{"q", q_out, q, q_weight, q_out_strides, q_strides}, {"k", k_out, k, k_weight, k_out_strides, k_strides}},
+      dtype, weight_dtype);
 }
 
 }  // namespace skyreels_fast

@@ -21,7 +21,8 @@ using Range = std::array<std::int64_t, 2>;    // start, stop
 void qk_norm(Address out, Address x, Address weight, Shape shape, Strides strides, double eps, int dtype,
              int weight_dtype, Address stream);
 void qk_norm_rope3d(Address q_out, Address k_out, Address q, Address k, Address q_weight, Address k_weight,
-                    Address table, Shape shape, Strides q_strides, Strides k_strides, Extent grid, Range token_range,
-                    double eps, int dtype, int weight_dtype, Address stream);
+                    Address table, Shape shape, Strides q_out_strides, Strides k_out_strides, Strides q_strides,
+                    Strides k_strides, Extent grid, Range token_range, double eps, int dtype, int weight_dtype,
+                    Address stream);
 
 }  // namespace skyreels_fast

@@ -1,4 +1,4 @@
-"""The rooms import only what they may; the light ones stay light."""
+"""The modules import only what they may; the light ones stay light."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_imports_without_torch(module):
 def test_ops_import_alone():
     loaded = modules_after("import skyreels_fast.ops, skyreels_fast.ops.residual_reuse")
     assert not loaded & {"transformers", "diffusers", "safetensors", "huggingface_hub", "imageio"}
-    rooms = {name.split(".")[1] for name in loaded if name.startswith("skyreels_fast.")}
-    assert rooms <= {"ops", "_C"}
+    modules = {name.split(".")[1] for name in loaded if name.startswith("skyreels_fast.")}
+    assert modules <= {"ops", "_C"}
 
 
 def test_integrations_bring_the_ops_alone():

@@ -164,6 +164,9 @@ def test_cost_counts_what_is_seen() -> None:
 def test_choice_is_checked_before_it_is_used() -> None:
     for name in (None, "sdpa"):
         assert choose_attention(name, "cpu", torch.bfloat16) == "sdpa"
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="PyTorch finds no CUDA device here for 'cuda'"):
+            choose_attention(None, "cuda", torch.bfloat16)
     with pytest.raises(ValueError, match="no backend 'flash3'; give one of fa3, fa4, fa2, cudnn, flash, sdpa"):
         choose_attention("flash3", "cpu", torch.float16)
 
@@ -222,6 +225,29 @@ def test_log_sum_exp_of_no_keys(backend: str | None) -> None:
     out, lse = attention_with_lse(q, none, none, backend=backend)
     assert torch.equal(out, torch.zeros_like(q))
     assert torch.equal(lse, torch.full((1, 2, 3), -torch.inf))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_log_sum_exp_of_any_strides(dtype: torch.dtype, backend: str) -> None:
+    plain = [x.to(dtype) for x in draw(SIZES[0])]
+    expected = attention_with_lse(*plain, backend=backend)
+    apart = [torch.stack((x, torch.full_like(x, torch.nan)), dim=-1)[..., 0] for x in plain]
+    turned = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in plain]
+    for others in (apart, turned):
+        for i in range(3):
+            out, lse = attention_with_lse(*plain[:i], others[i], *plain[i + 1 :], backend=backend)
+            torch.testing.assert_close(out, expected[0])
+            torch.testing.assert_close(lse, expected[1])
+
+
+@pytest.mark.parametrize("backend", [None, *BACKENDS])
+@pytest.mark.parametrize("empty", [(0, 3, 2), (1, 0, 2), (1, 3, 0)], ids=["batch", "queries", "heads"])
+def test_log_sum_exp_of_nothing(empty: tuple[int, int, int], backend: str | None) -> None:
+    batch, queries, heads = empty
+    q, k = torch.randn(batch, queries, heads, 8), torch.randn(batch, 4, heads, 8)
+    out, lse = attention_with_lse(q, k, k, backend=backend)
+    assert out.shape == q.shape and lse.shape == (batch, heads, queries)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -99,7 +99,7 @@ def test_needs_no_cuda_library(extension):
         ("qk_norm(0, 16, 16, (1, 4, 2, 8), STRIDES, 1e-6, 2, 2, 0)", "qk_norm: x_out is null"),
         ("qk_norm(16, 16, 16, (1, 4, 2, 8), STRIDES, 1e-6, 1, 2, 0)", "weights are neither float32 nor"),
         (
-            "qk_norm_rope3d(*[16] * 7, (1, 4, 2, 8), STRIDES, STRIDES, (1, 2, 3), (0, 6), 1e-6, 0, 0, 0)",
+            "qk_norm_rope3d(*[16] * 7, (1, 4, 2, 8), *[STRIDES] * 4, (1, 2, 3), (0, 6), 1e-6, 0, 0, 0)",
             "the tokens are not those of the grid",
         ),
     ],

@@ -103,6 +103,7 @@ def test_cost() -> None:
         ({"gamma": torch.ones(1)}, r"gamma must be \[O\] = \[5\], not \[1\]"),
         ({"residual": torch.ones(1, 2, 3, 4)}, r"residual must be \[1, 2, 3, 5\], not \[1, 2, 3, 4\]"),
         ({"bias": torch.ones(5).double()}, r"one dtype, not torch.float32 and torch.float64"),
+        ({"backend": "triton"}, r"'triton' is not available for cpu, only conv2d, conv3d, ref$"),
         ({"backend": "cudnn"}, r"there is no backend 'cudnn'; give one of triton, conv2d, conv3d, ref"),
     ],
     ids=str,

@@ -41,10 +41,11 @@ def test_a_directory_without_weights_is_refused_when_they_are_asked_for(tmp_path
 
 def test_parts_present_and_required(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(published(tmp_path))
-    assert not (checkpoint.has_vae or checkpoint.has_text_encoder or checkpoint.has_image_encoder)
+    for part in ("vae", "text_encoder", "image_encoder"):
+        with pytest.raises(CheckpointError, match="lacks"):
+            checkpoint.require(part)
     shutil.copy(GOLDEN / "Wan2.1_VAE.pth", tmp_path)
     shutil.copy(GOLDEN / "t5_tiny.pth", tmp_path / "models_t5_umt5-xxl-enc-bf16.pth")
-    assert checkpoint.has_vae and not checkpoint.has_text_encoder
     checkpoint.require("vae")
     with pytest.raises(
         CheckpointError, match=r"lacks google/umt5-xxl/tokenizer\.json .*, models_clip_open-clip"
@@ -55,7 +56,8 @@ def test_parts_present_and_required(tmp_path: Path) -> None:
         checkpoint.tokenizer_path()
     (tmp_path / "google" / "umt5-xxl").mkdir(parents=True)
     (tmp_path / "google" / "umt5-xxl" / "tokenizer.json").write_text("{}")
-    assert checkpoint.has_text_encoder and checkpoint.tokenizer_path() == tmp_path / "google" / "umt5-xxl"
+    checkpoint.require("vae", "text_encoder")
+    assert checkpoint.tokenizer_path() == tmp_path / "google" / "umt5-xxl"
 
 
 def test_resolution_hint(tmp_path: Path) -> None:

@@ -90,6 +90,12 @@ def test_every_flag_of_the_reference_is_there():
     assert (t2v_flags["outdir"], t2v_flags["model_id"]) == ("video_out", "Skywork/SkyReels-V2-T2V-14B-540P")
 
 
+def test_examples_name_the_command_that_is_there():
+    said = _flags.parser("skyreels-fast-df", "df").format_help()
+    assert "    skyreels-fast-df --resume" in said and "generate_video_df.py" not in said
+    assert "torchrun --nproc_per_node=8 --no-python skyreels-fast-df --use_usp" in said
+
+
 @pytest.mark.parametrize("program", COMMANDS)
 def test_help_teaches(capsys, program):
     with pytest.raises(SystemExit) as stop:

@@ -88,7 +88,7 @@ def test_bad_values_are_refused(fake, capfd, program, flag, bad):
         (
             "generate_video_df.py",
             "--video_path picture.png --overlap_history 17",
-            "has 1 of the 17 frames that --overlap_history takes: use --overlap_history 1 or",
+            "--video_path 'picture.png': is a single picture: give --image instead",
         ),
         ("generate_video_df.py", "--image picture.png --end_image picture.png --causal_attention", "--end_image"),
         ("generate_video_df.py", "--output picture.png", "--output 'picture.png': must end in .mp4"),

@@ -25,6 +25,7 @@ from skyreels_fast.dit.model import DiT
 from skyreels_fast.dit.stream import Stream
 from skyreels_fast.parallel import Degrees, choose_layout
 from skyreels_fast.placement import Placement
+from skyreels_fast.sampling.denoise import denoise
 
 FIRST, LAST = GOLDEN / "first.png", GOLDEN / "last.png"
 Pipelines = dict[str, sf.Pipeline]
@@ -244,3 +245,42 @@ def test_15_pixels_are_rounded() -> None:
     values = torch.tensor([-1.0, 1.0, 0.6 / 127.5 - 1, 0.4 / 127.5 - 1, 254.6 / 127.5 - 1, 1.2])
     frames = media.to_uint8(values.view(1, 1, 1, 6).expand(3, 1, 1, 6))
     assert frames[0, 0, :, 0].tolist() == [0, 255, 1, 0, 255, 255]
+
+
+@pytest.mark.parametrize("mode", ["sync", "async", "t2v"])
+def test_16_guidance_1_skips_the_unconditional_pass(
+    mode: str, pipelines: Pipelines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = []
+    run_branches = DiT.run_branches
+
+    def counted(self: DiT, stream: Stream, e0: torch.Tensor, contexts: list, *args: object, **options: object) -> list:
+        passes.append(len(contexts))
+        return run_branches(self, stream, e0, contexts, *args, **options)
+
+    monkeypatch.setattr(DiT, "run_branches", counted)
+    make, model = (of_video_models, "t2v") if mode == "t2v" else (request, "df")
+    staggered = {"ar_step": 1} if mode == "async" else {}
+    for scale, branches in ((1.0, {1}), (6.0, {2})):
+        passes.clear()
+        pipelines[model](make(guidance_scale=scale, **staggered))
+        assert set(passes) == branches
+
+
+def test_17_latents_of_diffusion_forcing_are_float32_between_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the model in bfloat16; the noise they begin as is drawn in bfloat16."""
+    pipe = sf.Pipeline.from_pretrained(golden_directory("df", tmp_path), device="cpu", dtype=torch.bfloat16)
+    begun = []
+
+    def denoise_from(dit: DiT, initial: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+        begun.append(initial.clone())
+        return denoise(dit, initial, *args, **options)
+
+    monkeypatch.setattr("skyreels_fast.pipeline.denoise", denoise_from)
+    (latents,) = pipe(request()).latents
+    (initial,) = begun
+    assert initial.dtype == latents.dtype == torch.float32
+    assert torch.equal(initial, initial.bfloat16().float())
+    assert not torch.equal(latents, latents.bfloat16().float())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -90,6 +91,20 @@ def test_where_no_file_tells_the_mode_requests_do(tmp_path: Path) -> None:
     pipe = sf.Pipeline.from_pretrained(tmp_path / "model", device="cpu", dtype=torch.float32)
     assert pipe.plan(_request(SETTINGS["t2v"], {})).settings.mode == "t2v"
     assert pipe.plan(_request(SETTINGS["df_long"], {})).settings.mode == "df"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"dtype": "float32"}, "dtype='float32': must be torch.bfloat16, torch.float16 or torch.float32"),
+        ({"dtype": torch.int8}, "dtype=torch.int8: must be torch.bfloat16"),
+        ({"vae_dtype": torch.float64}, "vae_dtype=torch.float64: must be"),
+        ({"device": "nope"}, 'device=\'nope\': must be "cuda", "cuda:N" or "cpu"'),
+    ],
+)
+def test_what_no_model_runs_in_is_refused_before_it_is_looked_for(given: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sf.Pipeline.from_pretrained("nowhere", **{"device": "cpu", **given})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

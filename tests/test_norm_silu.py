@@ -59,12 +59,17 @@ def test_cost() -> None:
     ("x", "gamma", "message"),
     [
         (torch.ones(4, 8), torch.ones(7), r"gamma must be \[C\] .* not \[7\] for \[4, 8\]"),
-        (torch.ones(8), torch.ones(8), r"for x \[\.\.\., C\]"),
+        (torch.ones(()), torch.ones(()), r"for x \[\.\.\., C\]"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(x: Tensor, gamma: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ops.norm_silu(x, gamma)
+
+
+def test_a_single_vector_is_taken() -> None:
+    x, gamma = torch.randn(8), torch.randn(8)
+    assert torch.equal(ops.norm_silu(x, gamma), ops.norm_silu(x[None], gamma)[0])
 
 
 def test_a_missing_backend_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from itertools import combinations, pairwise
@@ -15,8 +16,20 @@ from torch import Tensor
 
 from skyreels_fast import ops
 from skyreels_fast.conditions import image_channels
+from skyreels_fast.media import VideoError
 from skyreels_fast.ops.attention import attention_ref
-from skyreels_fast.parallel import Degrees, Layout, LeaderError, World, choose_layout, is_lost_peer, require, sequence
+from skyreels_fast.parallel import (
+    Degrees,
+    Layout,
+    LeaderError,
+    RefusedError,
+    World,
+    choose_layout,
+    is_lost_peer,
+    require,
+    sequence,
+    settled,
+)
 from skyreels_fast.parallel.chain import Chain
 from skyreels_fast.parallel.layout import cut, slices
 from skyreels_fast.parallel.ring import RingBuffers
@@ -238,6 +251,57 @@ def _lose(rank: int) -> bool | None:
 def test_a_process_that_leaves_is_told_from_other_errors() -> None:
     assert together(2, _lose) == [True, None]
     assert not is_lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_lost_peer(VideoError("a broken pipe drips.mp4 cannot be written"))
+    assert not is_lost_peer(RuntimeError("CUDA error: the launch timed out and was terminated"))
+    assert is_lost_peer(dist.DistBackendError("ncclRemoteError: A call failed possibly due to a network error"))
+
+
+def _settle(rank: int, reasons: list[str | None]) -> list[str]:
+    return settled(reasons[rank])
+
+
+@pytest.mark.parametrize("reasons", [[None, None, None], [None, "no disk", None], ["b", "a", "b"]])
+def test_what_one_has_against_it_all_know_once(reasons: list[str | None]) -> None:
+    expected = list(dict.fromkeys(filter(None, reasons)))
+    assert together(3, _settle, reasons) == [expected] * 3
+
+
+def _join_or_refuse(rank: int) -> list[str]:
+    if rank == 1:
+        return settled("--image first.png: there is no such file")
+    with pytest.raises(RefusedError) as error:
+        World.join(CPU)
+    return error.value.reasons
+
+
+def test_a_process_that_refuses_keeps_none_waiting() -> None:
+    assert together(3, _join_or_refuse) == [["--image first.png: there is no such file"]] * 3
+
+
+def _two_layouts(rank: int) -> bool:
+    world = World(CPU)
+    first, other = Layout(2), Layout(1, 2)
+    groups = world.groups(first)
+    return world.groups(other).ring is not None and world.groups(first) is groups
+
+
+def test_groups_are_made_once_a_layout() -> None:
+    assert together(2, _two_layouts) == [True, True]
+
+
+def _decode_with_neighbours(rank: int, local: int) -> tuple[list[Tensor], int]:
+    os.environ["LOCAL_WORLD_SIZE"] = str(local)
+    world = World(CPU)
+    torch.manual_seed(0)
+    vae = VAE(8)
+    return list(vae.decode_stream(torch.randn(1, 16, 3, 4, 6), shared=Chain(world))), len(world._links)
+
+
+def test_frames_of_the_vae_stay_on_the_leaders_host() -> None:
+    (alone, _), *_ = together(1, _decode_with_neighbours, 1)
+    (first, links), (second, others), (third, none) = together(3, _decode_with_neighbours, 2)
+    assert all(map(torch.equal, first, alone)) and len(first) == len(alone)
+    assert second == third == [] and (links, others, none) == (1, 1, 0)
 
 
 PLACES = [

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 from fake_pipeline import decoded, sidecar
+from PIL import Image
 
 from skyreels_fast import cli
+from skyreels_fast._resume import resume_line
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--device", "cpu", "--model_id", "tiny"]
@@ -81,11 +83,46 @@ def test_a_process_that_dies_ends_the_run_which_one_process_goes_on_with(tmp_pat
     assert record["complete"] is True and "parallel" not in record and "--use_usp" not in record["command"]
 
 
+_ELSEWHERE = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+os.makedirs(f"host{os.environ['RANK']}", exist_ok=True)
+os.chdir(f"host{os.environ['RANK']}")
+from skyreels_fast import cli
+raise SystemExit(cli.generate_video_df(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("lacking", [0, 1])
+def test_what_one_process_refuses_all_do_and_say_why(lacking: int, tmp_path: Path) -> None:
+    """As on two hosts, of which one has the image."""
+    (tmp_path / "run.py").write_text(_ELSEWHERE)
+    there = tmp_path / f"host{1 - lacking}"
+    there.mkdir()
+    Image.new("RGB", (80, 48)).save(there / "first.png")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "run.py"]
+    flags = ["--use_usp", "--num_frames", "9", "--image", "first.png", "--output", "out.mp4"]
+    words = [*launcher, str(ROOT / "python"), *SMALL, *flags]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert len(re.findall(r"error: --image 'first\.png': .*", done.stderr)) == 1
+    assert [file.name for file in there.iterdir()] == ["first.png"]
+
+
 def test_bad_flags_are_said_once(tmp_path: Path) -> None:
     run = torchrun(tmp_path, 2, "--use_usp", "--num_frames", "9", "--ulysses_degree", "3")
     _, said = run.communicate(timeout=120)
     assert said.count("--ulysses_degree 3: does not fit 4 heads and 2 processes") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_several_hosts_are_in_the_command_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"LOCAL_WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "2", "MASTER_ADDR": "node7"}.items():
+        monkeypatch.setenv(name, value)
+    assert resume_line("generate_video_df.py", Path("a.run")) == (
+        "torchrun --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=node7:29500 --rdzv_id=1 --nproc_per_node=8 "
+        "generate_video_df.py --use_usp --resume a.run"
+    )
 
 
 @pytest.mark.parametrize(

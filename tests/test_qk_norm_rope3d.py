@@ -190,6 +190,14 @@ def test_errors_name_the_values() -> None:
         ops.qk_norm_rope3d(q, q, weight, weight, (3, 2, 3))
     with pytest.raises(ValueError, match=r"grid must be .* not \(0, 2, 3\)"):
         ops.qk_norm_rope3d(q, q, weight, weight, (0, 2, 3))
+    for grid in ((3.0, 2, 2), 12, (3, 4), "321"):
+        with pytest.raises(ValueError, match=r"grid must be \(f, h, w\), 3 integers, not "):
+            ops.qk_norm_rope3d(q, q, weight, weight, grid)
+    for tokens in ((0,), (0, 1.0), (0, 2, 4), 4):
+        with pytest.raises(ValueError, match=r"token_range must be \(start, stop\), 2 integers, not "):
+            ops.qk_norm_rope3d(q, q, weight, weight, (3, 2, 2), token_range=tokens)
+    lists = ops.qk_norm_rope3d(q, q, weight, weight, [3, 2, 2], token_range=[0, 4])
+    assert all(map(torch.equal, lists, ops.qk_norm_rope3d(q, q, weight, weight, (3, 2, 2))))
     with pytest.raises(ValueError, match=r"token_range \(2, 7\) is not within a frame's 4 tokens"):
         ops.qk_norm_rope3d(q, q, weight, weight, (3, 2, 2), token_range=(2, 7))
     with pytest.raises(ValueError, match=r"the weight of k must be \[N \* Dh\] = \[16\], not \[8\]"):

@@ -9,7 +9,7 @@ import torch
 from kernels import assert_within_twice, machine_kernels, run_in_interpreter
 from torch import Tensor
 
-from skyreels_fast.ops import _dispatch, qk_norm, qk_norm_rope3d, qk_norm_rope3d_
+from skyreels_fast.ops import _dispatch, _qk_norm_rope3d_operators, qk_norm, qk_norm_rope3d, qk_norm_rope3d_
 from skyreels_fast.ops.qk_norm_rope3d import qk_norm_ref, qk_norm_rope3d_ref
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -155,6 +155,23 @@ def test_in_place_is_the_same(layout, device, backend):
     outs = qk_norm_rope3d_(q, k, *weights, **size.places, backend=backend)
     assert outs[0] is q and outs[1] is k
     assert all(torch.equal(x, y) for x, y in zip(outs, expected, strict=True))
+
+
+@on_each_kernel
+@pytest.mark.parametrize(
+    "layout", ["fused", "heads first", "q, k, v by head", "off a vector's boundary", "odd strides"]
+)
+def test_in_place_takes_no_memory_and_touches_nothing_else(layout, device, backend, monkeypatch):
+    size = Size((2, 2, 3), 3, 32, batch=2)
+    q, k, *weights = draw(size, torch.bfloat16, device)
+    expected = qk_norm_rope3d(q, k, *weights, **size.places, backend=backend)
+    if layout != "fused":
+        q, k = layouts(q)[layout], layouts(k)[layout]
+    monkeypatch.setattr(_qk_norm_rope3d_operators, "_like", lambda x: pytest.fail(f"room for {list(x.shape)}"))
+    outs = qk_norm_rope3d_(q, k, *weights, **size.places, backend=backend)
+    assert all(map(torch.equal, outs, expected))
+    memory = {x._base.data_ptr(): x._base for x in (q, k)}.values()
+    assert sum(int(each.isfinite().sum()) for each in memory) == q.numel() + k.numel()
 
 
 @on_each_kernel

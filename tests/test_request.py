@@ -295,7 +295,13 @@ def test_contexts_stand_in_for_prompts():
 @pytest.mark.parametrize(
     ("values", "note"),
     [
-        ({"addnoise_condition": 61}, "addnoise_condition=61"),
+        ({"addnoise_condition": 61, "num_frames": 257, "overlap_history": 17}, "addnoise_condition=61: above 60"),
+        ({"addnoise_condition": 20}, "addnoise_condition=20: has no effect where no frames are given"),
+        ({"overlap_history": 17}, "overlap_history=17: has no effect on a video of one window"),
+        (
+            {"resolution": "540P", "height": 96, "width": 160},
+            "resolution='540P': has no effect beside a height and a width",
+        ),
         ({"num_frames": 100}, "num_frames=100: counts as 97"),
         ({"base_num_frames": 50}, "base_num_frames=50: counts as 49"),
         ({"defaults": {"base_num_frames": 50}}, "base_num_frames=50: counts as 49"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import skyreels_fast as sf
 from skyreels_fast import _progress, cli
 from skyreels_fast.dit.model import DiT
 from skyreels_fast.run import Run, RunError
+from skyreels_fast.sampling.denoise import State
 from skyreels_fast.sampling.unipc import UniPC
 
 TEXT = load_golden("text")
@@ -257,6 +259,23 @@ def test_the_command_holds_no_latents(models: dict[str, Path], tmp_path: Path, m
     assert len(memory.seen) == 8
     assert max(memory.seen[2:]) - min(memory.seen[2:]) < 16 * 5 * 2 * 2 * 4  # less than one window's latents
     assert json.loads((tmp_path / "out.json").read_text())["frames"] == 73
+
+
+@pytest.mark.gpu
+def test_a_signal_saves_what_is_there_whatever_the_device_waits_for(tmp_path: Path) -> None:
+    """As when it waits for a process that is gone."""
+    run = Run(tmp_path / "run")
+    run.begin({})
+    latents = torch.randn(1, 16, 3, 8, 8, device="cuda")
+    with pytest.raises(KeyboardInterrupt), run.keeper(0, 5, 0) as keep:
+        keep(State(2, latents * 2, (latents + 1,)))
+        torch.cuda._sleep(20_000_000_000)  # ten seconds of work
+        start = time.monotonic()
+        raise KeyboardInterrupt
+    assert time.monotonic() - start < 5
+    saved = run.state(0)
+    assert saved.row == 2 and torch.equal(saved.latents.cuda(), latents * 2)
+    assert torch.equal(saved.history[0].cuda(), latents + 1)
 
 
 @pytest.mark.gpu

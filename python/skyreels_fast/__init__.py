@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from .request import Request
     from .stages import Progress
 
-_ROOMS = {"Pipeline": "pipeline", "Progress": "stages", "Result": "pipeline", "Plan": "plan", "Request": "request"}
+_MODULES = {"Pipeline": "pipeline", "Progress": "stages", "Result": "pipeline", "Plan": "plan", "Request": "request"}
 
 
 def __getattr__(name: str) -> object:
-    """Import a room when it is first asked for: `skyreels_fast.ops` alone must not bring in transformers."""
+    """Import a module when it is first asked for: `skyreels_fast.ops` alone must not bring in transformers."""
     if name == "ops":
         return import_module(".ops", __name__)
-    if name in _ROOMS:
-        return getattr(import_module(f".{_ROOMS[name]}", __name__), name)
+    if name in _MODULES:
+        return getattr(import_module(f".{_MODULES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

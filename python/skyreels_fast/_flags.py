@@ -115,13 +115,14 @@ FLAGS = {
         Flag("prompt_enhancer", None, "first let a language model, Qwen2.5-32B-Instruct, put the prompt into detail"),
         Flag("image", "FILE", "first frame, cropped to the video's shape; a portrait one makes a portrait video"),
         Flag("end_image", "FILE", "last frame; needs --image", df=True),
-        Flag("video_path", "FILE", "video to continue, at its own frame rate; needs --overlap_history", df=True),
+        Flag("video_path", "FILE", "video to continue, at its own frame rate; needs --overlap_history, frames that "
+             "--num_frames counts", df=True),
     ),
     "size and length": (
         Flag("resolution", "NAME", "540P (960x544) or 720P (1280x720) (default: the model's own)"),
         Flag("height", "PIXELS", "a multiple of 16; with --width, in place of --resolution"),
         Flag("width", "PIXELS", "a multiple of 16; with --height, in place of --resolution"),
-        Flag("num_frames", "N", "frames of the video, 4k + 1; an overlap counts (default: the model's, else 97)"),
+        Flag("num_frames", "N", "frames of the video, 4k + 1 (default: the model's, else 97)"),
         Flag("base_num_frames", "N", "frames in one window, 4k + 1 (default: the model's, else 97)", df=True),
         Flag("overlap_history", "N", "frames that windows share, 4k + 1, usually 17 or 37; a video longer than "
              "--base_num_frames needs it", df=True),
@@ -148,7 +149,8 @@ FLAGS = {
         Flag("device", "NAME", "cuda, cuda:N or cpu (default: cuda where there is one)"),
         Flag("dtype", "TYPE", "bfloat16, float16 or float32 (default: bfloat16 on cuda, float32 on cpu)"),
         Flag("vae_dtype", "TYPE", "the same for the VAE alone (default: bfloat16 on cuda, float32 on cpu)"),
-        Flag("attention", "NAME", "fa3, fa4, fa2, cudnn, flash or sdpa (default: the fastest there is)"),
+        Flag("attention", "NAME", "fa3, fa4, fa2, cudnn, flash, sdpa, or ref, the formula in plain torch (default: the "
+             "fastest there is)"),
         Flag("offload", None, "stream all blocks from host memory: least GPU memory, the same result"),
         Flag("vram", "GIB", "GPU memory to denoise in: blocks that fit stay there, the others are streamed"),
     ),
@@ -176,7 +178,7 @@ def parser(program: str, mode: str) -> Parser:
         prog=program,
         usage="%(prog)s [--prompt TEXT] [--model_id MODEL] [flags]",
         description=f"Render a video with a SkyReels-V2 {'diffusion forcing' if df else 'T2V or I2V'} model.",
-        epilog=(_DF_EXAMPLES if df else _T2V_EXAMPLES).replace(f"    {PROGRAMS[mode][0]}", f"    {program}"),
+        epilog=_examples(program, mode),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     kinds = {"N": _whole, "PIXELS": _whole, "X": _real, "RATE": _real, "A,B,...": _reals}
@@ -197,6 +199,14 @@ def parser(program: str, mode: str) -> Parser:
         offload=False,
     )
     return made
+
+
+def _examples(program: str, mode: str) -> str:
+    """The examples under the name that the command was called by."""
+    script = PROGRAMS[mode][0]
+    by_torchrun = program if program.endswith(".py") else f"--no-python {program}"
+    examples = _DF_EXAMPLES if mode == "df" else _T2V_EXAMPLES
+    return examples.replace(f"    {script}", f"    {program}").replace(f"8 {script}", f"8 {by_torchrun}")
 
 
 def with_flags(message: str) -> str:
@@ -232,11 +242,12 @@ def check_together(args: argparse.Namespace) -> None:
 
 def launched(program: str) -> list[str]:
     """How this program was started: by python or by itself, or by torchrun with as many processes as there are."""
-    here, everywhere = (int(os.environ.get(name, "0")) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    here, hosts = (int(os.environ.get(name, "0")) for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"))
     is_script = program.endswith(".py")
     if not here:
         return ["python", program] if is_script else [program]
-    hosts = [f"--nnodes={everywhere // here}"] if everywhere > here else []
+    endpoint = f"--rdzv_endpoint={os.environ.get('MASTER_ADDR', 'HOST')}:29500"
+    hosts = [f"--nnodes={hosts}", "--rdzv_backend=c10d", endpoint, "--rdzv_id=1"] if hosts > 1 else []
     return ["torchrun", *hosts, f"--nproc_per_node={here}", *([] if is_script else ["--no-python"]), program]
 
 

@@ -110,8 +110,11 @@ def _finish(job: Job, code: int, timings: dict[str, float]) -> int:
         return _break_off(job, code or 1)
     # What ffmpeg was given need not have reached the file. Never more, should an older file have withstood.
     frames = job.plan.frames if job.run.finished else job.film.frames
+    hurried = job.pipe.machine.world is not None  # torchrun kills what has not ended in half a minute
     if code:
-        frames = min(frames, playable_frames(job.path))
+        if hurried:
+            _break_off(job, code)
+        frames = min(frames, playable_frames(job.path))  # as long as the video is
     else:
         _make_plain(job)
     try:
@@ -122,7 +125,7 @@ def _finish(job: Job, code: int, timings: dict[str, float]) -> int:
         say(job.program, f"the settings could not be saved beside the video: {one_line(error)}")
     if code:
         say(job.program, f"{_share(job, frames)} can be played in {job.path}")
-        return _break_off(job, code)
+        return code if hurried else _break_off(job, code)
     with contextlib.suppress(OSError):  # what is left of the folder says that the run is finished
         job.run.remove()
     print(f"{job.path} ({counted(frames, 'frame')}, {timings['total']:.1f} s)", flush=True)
@@ -181,9 +184,6 @@ def _explain(job: Part, stage: str, error: BaseException) -> int:
     program = job.program
     if isinstance(error, LeaderError):
         return 1  # who failed says why
-    if job.pipe.machine.world is not None and is_lost_peer(error):
-        say(program, "error: another process of this run has ended; its own message says why")
-        return 1
     if isinstance(error, KeyboardInterrupt):
         return interrupted(program, error)
     if isinstance(error, torch.cuda.OutOfMemoryError):
@@ -202,7 +202,15 @@ def _explain(job: Part, stage: str, error: BaseException) -> int:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         say(program, f"error: {one_line(error)}: make room")
         return 1
+    if is_lost_peer(error):
+        return alone(program)
     traceback.print_exception(error)
+    return 1
+
+
+def alone(program: str) -> int:
+    """Say that another process is gone; the exit code."""
+    say(program, "error: another process of this run has ended; its own message says why")
     return 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -28,7 +29,7 @@ class Keeper:
     ) -> None:
         self._rows, self._saved, self._generators, self._save = rows, first, generators, save
         self._every_s, self._clock, self._saved_at = every_s, clock, clock()
-        self._last: tuple[State, list[Tensor]] | None = None
+        self._last: tuple[State, list[Tensor], torch.cuda.Event | None] | None = None
 
     def __enter__(self) -> Keeper:
         return self
@@ -38,7 +39,7 @@ class Keeper:
             return
         # The next row writes over the solver's history, and a signal may come in the midst of that.
         state = state._replace(history=tuple(tensor.clone() for tensor in state.history))
-        self._last = state, [generator.get_state() for generator in self._generators]
+        self._last = state, [generator.get_state() for generator in self._generators], _mark(state.latents)
         if state.row == self._rows or self._clock() - self._saved_at >= self._every_s:
             self._save_last()
 
@@ -48,6 +49,21 @@ class Keeper:
         self._last = None
 
     def _save_last(self) -> None:
-        state, generators = self._last
-        self._save(state, generators)
+        state, generators, made = self._last
+        with _once(made, state.latents.device):
+            self._save(state, generators)
         self._saved, self._saved_at, self._last = state.row, self._clock(), None
+
+
+def _mark(tensor: Tensor) -> torch.cuda.Event | None:
+    """What the device reaches as soon as the tensor is made."""
+    return torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
+
+
+def _once(made: torch.cuda.Event | None, device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Reads of what `made` stands for that wait for no later work: a process that is gone may never let it end."""
+    if made is None:
+        return contextlib.nullcontext()
+    stream = torch.cuda.Stream(device)
+    stream.wait_event(made)
+    return torch.cuda.stream(stream)

@@ -122,6 +122,8 @@ def probe_video(name: str, value: Any, frames: int) -> tuple[int, int, float | N
             raise RequestError(name, value, "holds no picture")
     else:
         found, size, fps = _probe_video_file(name, value, frames)
+    if found == 1 < frames:
+        raise RequestError(name, value, "is a single picture: give image instead")
     if found < frames:
         most = max(1, pixel_frames(latent_frames(found)))
         fix = f"use overlap_history={most} or less, or a longer video"

@@ -1,4 +1,4 @@
-"""The two commands: flags → request → plan → video, with what there is to say. Only this room and `_job` print.
+"""The two commands: flags → request → plan → video, with what there is to say. Only this module and `_job` print.
 
 Exit codes: 0 done; 1 it failed while rendering; 2 it was refused before any weight was loaded; 130 Ctrl-C; 143 SIGTERM;
 129 SIGHUP. Whatever was rendered before a failure or one of these signals is in a playable file, and what was computed
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ._flags import PROGRAMS, check_together, parser, request_values, with_flags
-from ._job import Job, Part, begin, follow, interrupted, one_line, render, say
+from ._job import Job, Part, alone, begin, follow, interrupted, one_line, render, say
 from ._resume import begun_with, check_no_run, resumed, run_directory
 from ._sidecar import Record, describe_run, repeated_flags
 from ._signals import handle_signals, stop
@@ -25,6 +25,8 @@ from ._values import UsageError, device_name, own_device
 from .request import Request
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .parallel import Degrees
 
 
@@ -49,31 +51,70 @@ def _run(mode: str, argv: list[str] | None) -> int:
         return render(job) if isinstance(job, Job) else follow(job)
     except KeyboardInterrupt as error:
         return interrupted(program, error)
+    except RuntimeError as error:
+        from .parallel import is_lost_peer
+
+        if not is_lost_peer(error):
+            raise
+        return alone(program)
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
 
 
 def _prepare(program: str, mode: str, argv: list[str]) -> Part | int:
-    """All that can be refused, the quick before the slow: flags, request, output, model, plan."""
+    """All that can be refused, the quick before the slow: flags, request, output, model, plan.
+
+    What one of several processes refuses, all do: each may find other files, other memory, another network.
+    """
     try:
         args = parser(program, mode).parse(argv)
         check_together(args)
-        if args.resume:
-            args = resumed(args.resume, mode, parser(program, mode), argv)
-        request = Request(**request_values(args))
-        _check_output(args)
-        args.device = device_name(args.device)
-        if args.use_usp:
-            args.device = own_device(args.device)
-        args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
-        args.vae_dtype = args.vae_dtype or ("float32" if args.device == "cpu" else "bfloat16")
-        _check_attention(args)
-        return _open(program, mode, args, request)
+        together = _meeting() if args.use_usp else None
     except (ValueError, OSError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # the others of this host say the same
-            say(program, f"error: {one_line(error)}")
-        return 2
+        return _refuse(program, [one_line(error)])
+    part, reason, reasons = None, None, None
+    try:
+        part = _part(program, mode, args, argv)
+    except (ValueError, OSError) as error:
+        reason, reasons = one_line(error), getattr(error, "reasons", None)
+    if reasons is None:
+        reasons = together(reason) if together else [reason] if reason else []
+    if not reasons:
+        return part
+    if isinstance(part, Job) and not part.resumed:
+        part.run.withdraw()
+        part.record.withdraw()
+    return _refuse(program, reasons)
+
+
+def _meeting() -> Callable[[str | None], list[str]]:
+    from .parallel import meet, settled
+
+    meet()
+    return settled
+
+
+def _refuse(program: str, reasons: list[str]) -> int:
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # all of a host know the same
+        for reason in reasons:
+            say(program, f"error: {reason}")
+    return 2
+
+
+def _part(program: str, mode: str, args: argparse.Namespace, argv: list[str]) -> Part:
+    if args.resume:
+        args = resumed(args.resume, mode, parser(program, mode), argv)
+    request = Request(**request_values(args))
+    if os.environ.get("RANK", "0") == "0":  # which alone writes
+        _check_output(args)
+    args.device = device_name(args.device)
+    if args.use_usp:
+        args.device = own_device(args.device)
+    args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+    args.vae_dtype = args.vae_dtype or ("float32" if args.device == "cpu" else "bfloat16")
+    _check_attention(args)
+    return _open(program, mode, args, request)
 
 
 def _open(program: str, mode: str, args: argparse.Namespace, request: Request) -> Part:

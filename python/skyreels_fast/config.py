@@ -1,6 +1,6 @@
 """What the published models are: their configuration, sizes, prompts and constants.
 
-A leaf: nothing here imports torch or another room.
+A leaf: nothing here imports torch or another module of the package.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""A short prompt put into detail by a language model: `python -m skyreels_fast.enhance --prompt "..."`."""
+"""A short prompt put into detail by a language model: `prompt_enhancer.py --prompt "..."`, installed or not
+`python -m skyreels_fast.enhance --prompt "..."`."""
 
 from __future__ import annotations
 
@@ -59,7 +60,10 @@ def enhance(
         raise ValueError(_TOO_BIG.format(model_id)) from None
     except Exception as error:  # damaged files and foreign models fail in many ways
         said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"the prompt enhancer's model {model_id} cannot be loaded: {said}") from None
+        raise ValueError(
+            f"the prompt enhancer's model {model_id} cannot be loaded: {said.rstrip(':')}; give the directory or "
+            "Hugging Face id of an instruct model"
+        ) from None
     try:
         if not tokenizer.chat_template:
             raise ValueError(f"the prompt enhancer's model {model_id} has no chat template: take an instruct model")
@@ -90,14 +94,18 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Print the original and the enhanced prompt; 2 if a flag is wrong or the model cannot be had."""
-    parser = _Parser(prog="python -m skyreels_fast.enhance", description=__doc__)
-    parser.add_argument("--prompt", required=True, help="the idea, in any language")
+    script = Path(sys.argv[0]).name
+    prog = script if script == "prompt_enhancer.py" else "python -m skyreels_fast.enhance"
+    parser = _Parser(prog=prog, description=__doc__)
+    parser.add_argument("--prompt", help="the idea, in any language")
     parser.add_argument("--model", default=MODEL_ID, help="directory or Hugging Face id (default: %(default)s)")
     parser.add_argument("--device", help="cuda, cuda:N or cpu (default: cuda where there is one)")
     parser.add_argument("--max_new_tokens", type=int, default=MAX_NEW_TOKENS, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, help="gives the same answer again (default: another one each time)")
     try:
         args = parser.parse_args(argv)
+        if not args.prompt:
+            raise UsageError("--prompt is missing: give the idea in quotes")
         if args.max_new_tokens < 1:
             raise UsageError(f"argument --max_new_tokens: {args.max_new_tokens} is not 1 or more")
         better = enhance(args.prompt, args.model, device_name(args.device), args.max_new_tokens, args.seed)

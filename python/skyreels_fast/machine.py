@@ -19,6 +19,26 @@ from .plan import Plan
 from .sampling.team import Alone, Team
 from .vae import VAE, tiles
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def checked_device(name: str | torch.device) -> torch.device:
+    """Raises ValueError for a device that is unknown or not there."""
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise ValueError(f'device={name!r}: must be "cuda", "cuda:N" or "cpu"') from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f'device="{device}": PyTorch finds no CUDA device here; give device="cpu"')
+    return device
+
+
+def check_dtypes(**dtypes: torch.dtype | None) -> None:
+    """Raises ValueError for one in which a model cannot be had. None stands for a default."""
+    for name, dtype in dtypes.items():
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"{name}={dtype!r}: must be {', '.join(map(str, DTYPES[:-1]))} or {DTYPES[-1]}")
+
 
 class Machine:
     """Where one process computes, and with which others together.
@@ -37,7 +57,7 @@ class Machine:
         attention: str | None,
         degrees: Degrees | None,
     ) -> None:
-        """Arguments as in `Pipeline.from_pretrained`. Raises ValueError for what does not go on `device`."""
+        """Arguments as in `Pipeline.from_pretrained`, checked. Raises ValueError for what does not go on `device`."""
         check_vram(vram, device, offload)
         self.attention = ops.choose_attention(attention, device, dtype)
         self.attend = partial(ops.attention, backend=attention)

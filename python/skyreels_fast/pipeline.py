@@ -1,4 +1,4 @@
-"""The corridor: prompt → context → windows → noise → denoise → latents → VAE → frames."""
+"""The pipeline: prompt → context → windows → noise → denoise → latents → VAE → frames."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from .config import MODES
 from .dit.model import DiT
 from .footprint import check_vram
 from .identity import identity
-from .machine import Machine
-from .parallel import Degrees, require
+from .machine import Machine, check_dtypes, checked_device
+from .parallel import Degrees, meet, require
 from .plan import Plan
 from .request import Request, Settings, resolve
 from .run import Run
@@ -107,15 +107,16 @@ class Pipeline:
 
         Raises:
             ValueError: the directory is unknown or incomplete, a tensor is missing, unknown or misshapen,
-                or the model cannot run in `mode`; or there is no such device; or `vram` is no budget for it.
+                or the model cannot run in `mode`; or there is no such device; or `vram` is no budget for it; or a dtype
+                is none of bfloat16, float16 and float32.
         """
-        device = torch.device(device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f'device="{device}": PyTorch finds no CUDA device here; give device="cpu"')
+        device = checked_device(device)
+        check_dtypes(dtype=dtype, vae_dtype=vae_dtype)
         check_vram(vram, device, offload)
         ops.choose_attention(attention, device, dtype)
         if degrees is not None:
             require(device)
+            meet()  # before the others can wait for one that fails below
         checkpoint = Checkpoint.open(path_or_id)
         checkpoint.require("vae")
         with without_weights():
@@ -210,6 +211,7 @@ class Pipeline:
                 yield frames
         for index, window in list(enumerate(plan.windows))[done:]:
             with clock("encode"), self.placement.use(vae):
+                # Not shared out: to send the few frames that are given round takes longer than to encode them.
                 start = partial(starting_latents, vae, settings, window, pictures, history, noise, self.dtype)
                 initial = team.first(start)
                 i2v = settings.mode == "i2v"
@@ -275,8 +277,8 @@ class Pipeline:
         )
         if coefficients is None:
             raise ValueError(
-                f"--teacache: no coefficients are published for a {self.checkpoint.config.model_type} model of dim "
-                f"{self.checkpoint.config.dim}; give them with --teacache_coefficients, highest power first"
+                f"teacache: no coefficients are published for a {self.checkpoint.config.model_type} model of dim "
+                f"{self.checkpoint.config.dim}; give them with teacache_coefficients, highest power first"
             )
         return TeaCacheSettings(coefficients, settings.teacache_thresh, settings.use_ret_steps)
 

@@ -227,6 +227,13 @@ def _notes(request: Request, mode: str, values: dict[str, Any]) -> list[str]:
         frames, whole = values[name], pixel_frames(latent_frames(values[name]))
         if frames != whole:
             notes.append(f"{name}={frames}: counts as {whole}, since the model makes 4k + 1 frames")
+    if request.resolution is not None and request.height is not None:
+        notes.append(f"resolution={request.resolution!r}: has no effect beside a height and a width")
+    if mode == "df" and values["num_frames"] <= values["base_num_frames"] and request.video is None:
+        if request.overlap_history is not None:
+            notes.append(f"overlap_history={request.overlap_history}: has no effect on a video of one window")
+        if request.addnoise_condition and request.image is None:
+            notes.append(f"addnoise_condition={request.addnoise_condition}: has no effect where no frames are given")
     idle = [name for name, off in _TEACACHE_ONLY.items() if getattr(request, name) not in (None, off)]
     if idle and not request.teacache:
         notes.append(f"{listed(idle)} {'has' if len(idle) == 1 else 'have'} no effect without teacache")

@@ -33,14 +33,14 @@ class Clock:
 
     @contextmanager
     def __call__(self, stage: str, wait: bool = True) -> Iterator[None]:
-        """Time a stage. wait: for the device, at its end."""
+        """Time a stage. wait: for the device, at its end; not where an error ends it, after which it may hang."""
         self._progress.stage(stage)
         start = time.perf_counter()
         try:
             yield
-        finally:
             if wait and self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
+        finally:
             self._timings[stage] = self._timings.get(stage, 0.0) + time.perf_counter() - start
 
     def each(self, stage: str, items: Iterable[Item]) -> Iterator[Item]:

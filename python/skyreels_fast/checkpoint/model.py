@@ -55,7 +55,9 @@ class Checkpoint:
         config_file = _transformer_directory(root) / "config.json"
         values = read_json(config_file)
         if not values:
-            raise CheckpointError(f"{root} is no model directory: config.json (or transformer/config.json) is missing")
+            raise CheckpointError(
+                f"{root} is no model directory: config.json (or transformer/config.json) is missing or empty"
+            )
         try:
             settings = transformer_settings(values) if "num_attention_heads" in values else values
             config = TransformerConfig.from_dict(settings)
@@ -81,21 +83,8 @@ class Checkpoint:
             return "df"
         return "t2v" if pipeline == "SkyReelsV2Pipeline" or _has_word(self.name, "T2V") else None
 
-    @property
-    def has_vae(self) -> bool:
-        return not self._lacking("vae")
-
-    @property
-    def has_text_encoder(self) -> bool:
-        """Whether both the text encoder and its tokenizer are there."""
-        return not self._lacking("text_encoder")
-
-    @property
-    def has_image_encoder(self) -> bool:
-        return not self._lacking("image_encoder")
-
     def require(self, *parts: str) -> None:
-        """Check that parts ("vae", "text_encoder", "image_encoder") are there.
+        """Check that parts ("vae", "text_encoder" with its tokenizer, "image_encoder") are there.
 
         Raises CheckpointError naming every file that is not.
         """

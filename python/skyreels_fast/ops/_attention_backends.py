@@ -67,6 +67,12 @@ def _is_installed(module: str) -> bool:
         return False
 
 
+def _capability(device: torch.device) -> tuple[int, int]:
+    if not torch.cuda.is_available():
+        raise ValueError(f"attention: PyTorch finds no CUDA device here for {str(device)!r}")
+    return torch.cuda.get_device_capability(device)
+
+
 @lru_cache
 def missing(name: str, device: torch.device) -> str | None:
     """Why the backend `name` cannot run on `device`; None where it can."""
@@ -75,7 +81,7 @@ def missing(name: str, device: torch.device) -> str | None:
     library = LIBRARIES[name]
     if device.type != "cuda":
         return f"it needs a CUDA device, not {device.type}"
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = _capability(device)
     first, last = library.capabilities
     if not first <= major <= last:
         needed = f"{first}.x" if last == first else f"{first}.0 or later"
@@ -90,7 +96,7 @@ def preferred(device: torch.device) -> str:
     """The fastest backend that `device` has for half precision."""
     if device.type != "cuda":
         return "sdpa"
-    major = torch.cuda.get_device_capability(device)[0]
+    major, _ = _capability(device)
     order = _PREFERRED.get(major, _PREFERRED_LATER if major > 9 else ())
     return next((name for name in order if missing(name, device) is None), "sdpa")
 
@@ -166,7 +172,8 @@ def _even(q: Tensor) -> Tensor:
 
 def _sdpa_with_lse(q: Tensor, k: Tensor, v: Tensor, kernel: SDPBackend | None = None) -> tuple[Tensor, Tensor]:
     """As `_sdpa`; torch's own choice is not to be had with the log-sum-exp, so the kernel of widest use stands in."""
-    heads_first = [tensor.transpose(1, 2) for tensor in (q, k, v)]
+    # Called as here, not through torch's choice, the kernels take a stride of 1 between channels for granted.
+    heads_first = [(x if x.stride(3) == 1 else x.contiguous()).transpose(1, 2) for x in (q, k, v)]
     if kernel is SDPBackend.CUDNN_ATTENTION:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(*heads_first, None, True)
     elif kernel is SDPBackend.FLASH_ATTENTION:

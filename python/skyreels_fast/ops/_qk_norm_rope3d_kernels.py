@@ -1,4 +1,4 @@
-"""The Triton kernels of `qk_norm_rope3d`, whose room states their contract.
+"""The Triton kernels of `qk_norm_rope3d`, which states their contract.
 
 A program takes a token of q or of k. Its N * Dh channels lie in two blocks that are powers of two, the second as short
 as it can be (5120 = 4096 + 1024, 1536 = 1024 + 512), so that few lanes idle and every element is read once.
@@ -17,13 +17,18 @@ _MIN_WARPS = 4
 
 
 @jit
+def _place(channel, head_stride, HEAD: tl.constexpr):
+    """Where a token's channels are; head_stride None: heads adjoin."""
+    if head_stride is None:
+        return channel
+    return channel // HEAD * tl.cast(head_stride, tl.int64) + channel % HEAD
+
+
+@jit
 def _load(row, head_stride, FIRST: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr, HEAD: tl.constexpr):
-    """Channels FIRST, FIRST + 1, ... of a token as float32, zeros past its end; head_stride None: heads adjoin."""
+    """Channels FIRST, FIRST + 1, ... of a token as float32, zeros past its end."""
     channel = FIRST + tl.arange(0, BLOCK)
-    at = channel
-    if head_stride is not None:
-        at = channel // HEAD * tl.cast(head_stride, tl.int64) + channel % HEAD
-    return tl.load(row + at, channel < DIM, other=0.0).to(tl.float32)
+    return tl.load(row + _place(channel, head_stride, HEAD), channel < DIM, other=0.0).to(tl.float32)
 
 
 @jit
@@ -44,7 +49,7 @@ def _turn(x, table, frame_at, row_at, column_at, FIRST: tl.constexpr, BLOCK: tl.
 
 @jit
 def _finish(
-    out_row, x, weight, table, frame_at, row_at, column_at,
+    out_row, out_head_stride, x, weight, table, frame_at, row_at, column_at,
     FIRST: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
     """Store the normed x times its weights, turned if there is a table, as channels FIRST, FIRST + 1, ..."""
@@ -52,12 +57,13 @@ def _finish(
     y = x * tl.load(weight + channel, channel < DIM, other=0.0).to(tl.float32)
     if table is not None:
         y = _turn(y, table, frame_at, row_at, column_at, FIRST, BLOCK, HEAD)
-    tl.store(out_row + channel, y.to(out_row.dtype.element_ty), channel < DIM)
+    tl.store(out_row + _place(channel, out_head_stride, HEAD), y.to(out_row.dtype.element_ty), channel < DIM)
 
 
 @jit
 def _token(
-    out, x, weight, table, batch_stride, token_stride, head_stride, place, places, height, width, start, eps,
+    out, x, weight, table, out_batch_stride, out_token_stride, out_head_stride, batch_stride, token_stride, head_stride,
+    place, places, height, width, start, eps,
     DIM: tl.constexpr, HEAD: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Of the `places` tokens in a frame the one at `place`, in frame program_id(1) of batch row program_id(2)."""
@@ -79,27 +85,30 @@ def _token(
     frame_at = frame * ALONG
     row_at = frames * ALONG + (start + place) // width * ACROSS - ALONG
     column_at = frames * ALONG + (height + (start + place) % width - 1) * ACROSS - ALONG
-    out_row = out + (batch * frames * places + token) * DIM
-    _finish(out_row, main * scale, weight, table, frame_at, row_at, column_at, 0, MAIN, DIM, HEAD)
+    out_row = out + batch * out_batch_stride + token * out_token_stride
+    _finish(out_row, out_head_stride, main * scale, weight, table, frame_at, row_at, column_at, 0, MAIN, DIM, HEAD)
     if TAIL:
-        _finish(out_row, tail * scale, weight, table, frame_at, row_at, column_at, MAIN, TAIL, DIM, HEAD)
+        _finish(
+            out_row, out_head_stride, tail * scale, weight, table, frame_at, row_at, column_at, MAIN, TAIL, DIM, HEAD
+        )
 
 
 @jit
 def _norm_kernel(
-    out, x, weight, batch_stride, token_stride, head_stride, eps,
+    out, x, weight, out_batch_stride, out_token_stride, out_head_stride, batch_stride, token_stride, head_stride, eps,
     DIM: tl.constexpr, HEAD: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     place, places = tl.program_id(0), tl.num_programs(0)
     _token(
-        out, x, weight, None, batch_stride, token_stride, head_stride, place, places, 1, 1, 0, eps,
-        DIM, HEAD, MAIN, TAIL,
+        out, x, weight, None, out_batch_stride, out_token_stride, out_head_stride, batch_stride, token_stride,
+        head_stride, place, places, 1, 1, 0, eps, DIM, HEAD, MAIN, TAIL,
     )  # fmt: skip
 
 
 @jit
 def _norm_rope_kernel(
-    q_out, k_out, q, k, q_weight, k_weight, table, q_batch_stride, q_token_stride, q_head_stride,
+    q_out, k_out, q, k, q_weight, k_weight, table, q_out_batch_stride, q_out_token_stride, q_out_head_stride,
+    k_out_batch_stride, k_out_token_stride, k_out_head_stride, q_batch_stride, q_token_stride, q_head_stride,
     k_batch_stride, k_token_stride, k_head_stride, height, width, start, eps,
     DIM: tl.constexpr, HEAD: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
@@ -107,13 +116,15 @@ def _norm_rope_kernel(
     place, places = tl.program_id(0) // 2, tl.num_programs(0) // 2
     if tl.program_id(0) % 2 == 0:
         _token(
-            q_out, q, q_weight, table, q_batch_stride, q_token_stride, q_head_stride, place, places,
-            height, width, start, eps, DIM, HEAD, MAIN, TAIL,
+            q_out, q, q_weight, table, q_out_batch_stride, q_out_token_stride, q_out_head_stride,
+            q_batch_stride, q_token_stride, q_head_stride, place, places, height, width, start, eps,
+            DIM, HEAD, MAIN, TAIL,
         )  # fmt: skip
     else:
         _token(
-            k_out, k, k_weight, table, k_batch_stride, k_token_stride, k_head_stride, place, places,
-            height, width, start, eps, DIM, HEAD, MAIN, TAIL,
+            k_out, k, k_weight, table, k_out_batch_stride, k_out_token_stride, k_out_head_stride,
+            k_batch_stride, k_token_stride, k_head_stride, place, places, height, width, start, eps,
+            DIM, HEAD, MAIN, TAIL,
         )  # fmt: skip
 
 
@@ -133,7 +144,7 @@ def _strides(x: Tensor) -> tuple[int, int, int | None]:
 def norm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
     """out = qk_norm(x)."""
     kernel: Any = _norm_kernel
-    kernel[(x.shape[1], 1, x.shape[0])](out, x, weight, *_strides(x), eps, **_blocks(x))
+    kernel[(x.shape[1], 1, x.shape[0])](out, x, weight, *_strides(out), *_strides(x), eps, **_blocks(x))
 
 
 def norm_rope(
@@ -154,4 +165,5 @@ def norm_rope(
     tensors = (q_out, k_out, q, k, q_weight, k_weight, table)
     kernel: Any = _norm_rope_kernel
     programs = (2 * (stop - start), frames, q.shape[0])
-    kernel[programs](*tensors, *_strides(q), *_strides(k), height, width, start, eps, **_blocks(q))
+    strides = [stride for x in (q_out, k_out, q, k) for stride in _strides(x)]
+    kernel[programs](*tensors, *strides, height, width, start, eps, **_blocks(q))

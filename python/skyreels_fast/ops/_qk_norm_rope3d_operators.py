@@ -48,6 +48,11 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
 
+def _is_writable(x: Tensor) -> bool:
+    """Whether a kernel can put its result where x lies: its channels adjoin, and it is not expanded."""
+    return x.stride(3) == 1 and all(stride > 0 for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1)
+
+
 def _strides(x: Tensor) -> tuple[int, ...]:
     # The stride of a dimension of one says nothing, and would speak against 16-byte loads.
     return tuple(stride if size > 1 else 0 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
@@ -109,7 +114,7 @@ def _launch_rope(
     eps: float,
     backend: str,
 ) -> None:
-    """outs: contiguous; they may be q and k, for a token is read whole before any of it is written."""
+    """outs: with adjoining channels; they may be q and k, for a token is read whole before any of it is written."""
     q, k, weights = _rows(q), _rows(k), _weights(q, q_weight, k_weight)
     if q.numel() == 0:
         return
@@ -118,7 +123,7 @@ def _launch_rope(
     tensors = (*outs, q, k, *weights, table)
     with torch.cuda.device_of(q):
         if backend == "cuda":
-            layout = (tuple(q.shape), _strides(q), _strides(k), tuple(grid), tuple(token_range))
+            layout = (tuple(q.shape), *map(_strides, (*outs, q, k)), tuple(grid), tuple(token_range))
             dtypes = (_dtype_code(q), _dtype_code(weights[0]))
             pointers = [tensor.data_ptr() for tensor in tensors]
             extension.qk_norm_rope3d(*pointers, *layout, eps, *dtypes, current_stream(q))
@@ -132,7 +137,7 @@ def _launch_rope(
     schema=f"(Tensor(a!) q, Tensor(b!) k, {_OPTIONS}) -> ()",
 )
 def qk_norm_rope3d_(q: Tensor, k: Tensor, *options: Any) -> None:
-    if q.is_contiguous() and k.is_contiguous():
+    if _is_writable(q) and _is_writable(k):
         _launch_rope((q, k), q, k, *options)
     else:
         for tensor, out in zip((q, k), qk_norm_rope3d(q, k, *options), strict=True):

@@ -6,9 +6,9 @@
 
 x, residual, addend: [B, L, D]; scale, shift, gate: [B, F, D], one row a latent frame: token l takes row l // (L // F),
 so the modulation is never as long as the tokens. weight, bias: [D]. float16, bfloat16, float32 or float64, each tensor
-its own; the math and every sum is float32 (float64 where an input is), rounded once. Strides are free; a tensor whose
-last dimension is not contiguous is copied. Kernels take the first three and D up to 8192, and give the same bits each
-time. Not differentiable, except on the backend "ref".
+its own; the math and every sum is float32 (float64 where x, residual or addend is), rounded once. Strides are free; a
+tensor whose last dimension is not contiguous is copied. Kernels take the first three and D up to 8192, and give the
+same bits each time. Not differentiable, except on the backend "ref".
 """
 
 from __future__ import annotations

@@ -149,7 +149,8 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None =
     _check(q, k, v, None)
     chosen = _choose(backend, q, k, v)
     math_dtype = math_dtype_of(q)
-    if chosen == "ref" or k.shape[1] == 0 or (backend is None and needs_grad(q, k, v)):
+    is_empty = 0 in (q.numel(), k.numel())  # which the kernels do not take
+    if chosen == "ref" or is_empty or (backend is None and needs_grad(q, k, v)):
         scores = torch.einsum("bqnd,bknd->bnqk", q.to(math_dtype), k.to(math_dtype)) * q.shape[-1] ** -0.5
         return attention_ref(q, k, v, math_dtype=math_dtype), scores.logsumexp(dim=-1)
     with torch.no_grad():

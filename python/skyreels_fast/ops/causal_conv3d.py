@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from skyreels_fast.ops import _causal_conv3d_kernels as kernels
-from skyreels_fast.ops._dispatch import check_backend, check_tensors, choose, math_dtype_of, needs_grad
+from skyreels_fast.ops._dispatch import available, check_backend, check_tensors, math_dtype_of, needs_grad
 from skyreels_fast.ops.norm_silu import norm_silu, norm_silu_ref
 
 BACKENDS = ("triton", "conv2d", "conv3d", "ref")
@@ -133,7 +133,9 @@ def _choose(backend: str | None, x: Tensor, weight: Tensor, *others: Tensor | No
         return "conv2d" if chosen == "triton" and not possible else chosen
     check_backend(name, backend, BACKENDS)
     if backend == "triton":
-        choose(name, backend, x.device.type)
+        if backend not in available(x.device.type):
+            others = ", ".join(other for other in BACKENDS if other != backend)
+            raise ValueError(f"{name}: backend {backend!r} is not available for {x.device.type}, only {others}")
         if not usable:
             raise ValueError(
                 f"{name}: backend 'triton' takes float32, float16 and bfloat16, C in multiples of "

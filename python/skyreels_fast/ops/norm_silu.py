@@ -73,7 +73,7 @@ def _norm_silu_kernel(
 def _choose(backend: str | None, x: Tensor, gamma: Tensor) -> str:
     """`choose_kernel` of tensors that it checks."""
     name = "norm_silu"
-    if x.dim() < 2 or gamma.shape != x.shape[-1:]:
+    if x.dim() < 1 or gamma.shape != x.shape[-1:]:
         raise ValueError(f"{name}: gamma must be [C] for x [..., C], not {list(gamma.shape)} for {list(x.shape)}")
     check_tensors(name, x=x, gamma=gamma)
     refusal = None

@@ -17,8 +17,9 @@ where a gradient is asked for and for what kernels do not take.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -121,6 +122,18 @@ def _check_norm(name: str, label: str, x: Tensor, weight: Tensor) -> None:
         )
 
 
+def _integers(name: str, label: str, values: Any, names: str) -> tuple[int, ...]:
+    """A tuple of as many integers as there are `names`."""
+    count = names.count(",") + 1
+    if (
+        not isinstance(values, Sequence)
+        or len(values) != count
+        or not all(isinstance(n, SupportsIndex) for n in values)
+    ):
+        raise ValueError(f"{name}: {label} must be ({names}), {count} integers, not {values!r}")
+    return tuple(values)
+
+
 def _check_grid(name: str, q: Tensor, k: Tensor, grid: Grid, token_range: tuple[int, int] | None) -> None:
     if q.shape != k.shape or q.dtype != k.dtype:
         raise ValueError(
@@ -128,8 +141,6 @@ def _check_grid(name: str, q: Tensor, k: Tensor, grid: Grid, token_range: tuple[
         )
     if q.shape[3] % 2:
         raise ValueError(f"{name}: a head of {q.shape[3]} channels has no complex pairs, the size must be even")
-    if len(grid) != 3 or min(grid) < 1:
-        raise ValueError(f"{name}: grid must be (f, h, w), each at least 1, not {grid}")
     start, stop = token_range or (0, grid[1] * grid[2])
     if not 0 <= start < stop <= grid[1] * grid[2]:
         raise ValueError(f"{name}: token_range {token_range} is not within a frame's {grid[1] * grid[2]} tokens")
@@ -193,6 +204,11 @@ def _norm_rope(
     check_tensors(name, q=q, k=k, q_weight=q_weight, k_weight=k_weight)
     _check_norm(name, "q", q, q_weight)
     _check_norm(name, "k", k, k_weight)
+    grid = _integers(name, "grid", grid, "f, h, w")
+    if min(grid) < 1:
+        raise ValueError(f"{name}: grid must be (f, h, w), each at least 1, not {grid}")
+    if token_range is not None:
+        token_range = _integers(name, "token_range", token_range, "start, stop")
     _check_grid(name, q, k, grid, token_range)
     if in_place and _share_memory(q, k):
         raise ValueError(f"{name}: q and k share memory")
@@ -206,7 +222,7 @@ def _norm_rope(
         return q, k
     places = {"frame_offset": frame_offset, "token_range": token_range, "theta": theta}
     math_dtype = math_dtype_of(q)
-    outs = qk_norm_rope3d_ref(q, k, q_weight, k_weight, tuple(grid), eps=eps, math_dtype=math_dtype, **places)
+    outs = qk_norm_rope3d_ref(q, k, q_weight, k_weight, grid, eps=eps, math_dtype=math_dtype, **places)
     return (q.copy_(outs[0]), k.copy_(outs[1])) if in_place else outs
 
 

@@ -4,6 +4,18 @@ from __future__ import annotations
 
 from .layout import Degrees, Layout, choose_layout
 from .team import Team
-from .world import LeaderError, World, is_lost_peer, require
+from .world import LeaderError, RefusedError, World, is_lost_peer, meet, require, settled
 
-__all__ = ["Degrees", "Layout", "LeaderError", "Team", "World", "choose_layout", "is_lost_peer", "require"]
+__all__ = [
+    "Degrees",
+    "Layout",
+    "LeaderError",
+    "RefusedError",
+    "Team",
+    "World",
+    "choose_layout",
+    "is_lost_peer",
+    "meet",
+    "require",
+    "settled",
+]

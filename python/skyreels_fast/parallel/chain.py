@@ -1,8 +1,9 @@
-"""A VAE's layers shared out over all processes: `vae.Chain`.
+"""A VAE's layers shared out over the processes of the leader's host: `vae.Chain`.
 
-The last rank runs the first layers, rank 0, the leader, the last ones, and the dearest part is as cheap as can be. A
-frame is on its way to the next process while the one after it is made. It goes from one fixed buffer into another:
-memory that NCCL has been given is not used again before the device is done with it, however far the host is ahead.
+The last rank there runs the first layers, rank 0, the leader, the last ones, and the dearest part is as cheap as can
+be. A frame is on its way to the next process while the one after it is made. It goes from one fixed buffer into
+another: memory that NCCL has been given is not used again before the device is done with it, however far the host is
+ahead.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Stage(Protocol):
 
 
 class Chain:
-    """All processes of `world`; where they are more than the layers, the last ranks do nothing."""
+    """The processes of `world` on the leader's host; the others do nothing, nor do more than there are layers."""
 
     def __init__(self, world: World) -> None:
         self._world, self.leads = world, world.leads
@@ -40,7 +41,7 @@ class Chain:
 
     def flow(self, stages: Sequence[Stage], frames: Frames, dtype: torch.dtype) -> Frames:
         """See `vae.Chain.flow`."""
-        parts = cut([stage.cost for stage in stages], self._world.size)
+        parts = cut([stage.cost for stage in stages], self._world.neighbours)
         part = len(parts) - 1 - self._world.rank
         if part < 0:
             return iter(())
@@ -76,4 +77,6 @@ class Chain:
             going = self._world.send(buffer, self._world.rank - 1)
         if going is not None:
             going.wait()
+            if buffer.is_cuda:  # this process may end with its part, and must not before the frame is gone
+                torch.cuda.current_stream(buffer.device).synchronize()
         yield from ()

@@ -34,15 +34,61 @@ class LeaderError(RuntimeError):
     """Rank 0 has failed, and says itself why."""
 
 
+class RefusedError(ValueError):
+    """Some process has something against going on; `reasons` has all that any has, each once."""
+
+    def __init__(self, reasons: list[str]) -> None:
+        super().__init__("; ".join(reasons))
+        self.reasons = reasons
+
+
 # Newer torch calls it so.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-_LOST = re.compile("closed by peer|reset by peer|broken pipe|timed? ?out", re.IGNORECASE)
+_LOST = re.compile(
+    "closed by peer|reset by peer|broken pipe|timed? ?out|likely closed|ncclRemoteError|remote process exit",
+    re.IGNORECASE,
+)
+# The group of all processes, by torch's default group, which those that leave take down with them.
+_meeting: tuple[Any, dist.ProcessGroup] | None = None
 
 
 def is_lost_peer(error: BaseException) -> bool:
     """Whether an exchange has failed because another process is gone."""
-    return isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))
+    # Gloo's errors have no type of their own, but name its files.
+    of_exchange = isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error).lower())
+    return of_exchange and bool(_LOST.search(str(error)))
+
+
+def _check_started() -> None:
+    if "WORLD_SIZE" not in os.environ and not dist.is_initialized():
+        raise ValueError("--use_usp: start the command with torchrun --nproc_per_node=N, a process for each GPU")
+
+
+def meet() -> dist.ProcessGroup:
+    """Meet all processes that torchrun has started, once: a group over gloo, in which one may wait for long.
+
+    Before anything that a single process may fail at, lest the others wait for it in vain. Raises ValueError where
+    torchrun has started none.
+    """
+    global _meeting
+    _check_started()
+    if not dist.is_initialized():
+        # Else attention, which fills the device, may let no exchange beside it begin before its end.
+        os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
+        has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo", timeout=_STEP_TIMEOUT)
+    if _meeting is None or _meeting[0] is not dist.group.WORLD:
+        _meeting = dist.group.WORLD, dist.new_group(backend="gloo", timeout=_LEADER_TIMEOUT)
+    return _meeting[1]
+
+
+def settled(reason: str | None) -> list[str]:
+    """What any process has against going on, each reason once; this one `reason`, or nothing. All call it together."""
+    group = meet()
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, reason, group=group)
+    return list(dict.fromkeys(filter(None, reasons)))
 
 
 class Groups(NamedTuple):
@@ -54,41 +100,45 @@ class Groups(NamedTuple):
 
 def require(device: torch.device) -> None:
     """Raises ValueError, in one line, where several processes cannot work together on devices like this one."""
-    if "WORLD_SIZE" not in os.environ and not dist.is_initialized():
-        raise ValueError("--use_usp: start the command with torchrun --nproc_per_node=N, a process for each GPU")
+    _check_started()
     if device.type == "cuda" and importlib.util.find_spec("xfuser") is None:
         raise ValueError("--use_usp: several GPUs need xfuser; pip install 'skyreels-fast[parallel]'")
 
 
 class World:
-    """All processes of the run. Rank 0, the leader, encodes texts and given frames and writes the files."""
+    """All processes of the run. Rank 0, the leader, encodes texts and given frames and writes the files.
+
+    neighbours: how many of them, the first ones, are on the leader's host.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.rank, self.size = device, dist.get_rank(), dist.get_world_size()
         self.leads = self.rank == 0
-        self._control = dist.new_group(backend="gloo", timeout=_LEADER_TIMEOUT)
-        self._groups: tuple[Layout, Groups] | None = None
+        self._control = meet()
+        self._groups: dict[Layout, Groups] = {}
+        # Frames of the VAE do not go over the network between hosts: decoding would wait for it.
+        self.neighbours = min(self.size, self.agree(int(os.environ.get("LOCAL_WORLD_SIZE", self.size))))
         self._links = self._link()
 
     @classmethod
     def join(cls, device: torch.device) -> World:
-        """Meet the others; `device` is this process's own. Raises ValueError as `require` does."""
+        """Work with the others; `device` is this process's own.
+
+        Raises ValueError as `require` does, and RefusedError where another process has called `settled` with a reason.
+        """
         require(device)
+        if reasons := settled(None):
+            raise RefusedError(reasons)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        if not dist.is_initialized():
-            # Else attention, which fills the device, may let no exchange beside it begin before its end.
-            os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=_STEP_TIMEOUT)
         return cls(device)
 
     def groups(self, layout: Layout) -> Groups:
-        """The groups of a layout of all processes; those of another one before are given up."""
-        if self._groups is None or self._groups[0] != layout:
-            made = _xfuser_groups(self, layout) if self.device.type == "cuda" else _torch_groups(layout)
-            self._groups = layout, made
-        return self._groups[1]
+        """The groups of a layout of all processes. They are kept: torch cannot take apart those that xfuser makes."""
+        if layout not in self._groups:
+            make = partial(_xfuser_groups, self) if self.device.type == "cuda" else _torch_groups
+            self._groups[layout] = make(layout)
+        return self._groups[layout]
 
     def first(self, make: Callable[[], T]) -> T:
         """What `make` returns on the leader, which alone calls it: a tensor, or a tuple or list of such things.
@@ -148,14 +198,14 @@ class World:
         dist.destroy_process_group()
 
     def _link(self) -> dict[int, dist.ProcessGroup]:
-        """A group with each neighbour, by its rank: exchanges with one wait for none with the other.
+        """A group with each neighbour on the leader's host, by its rank: exchanges with one wait for none with others.
 
         NCCL takes a second to connect two processes, which is spent here.
         """
-        pairs = [_pair(low, self.device) for low in range(self.size - 1)]
+        pairs = [_pair(low, self.device) for low in range(self.neighbours - 1)]
         links = {}
         for peer in (self.rank ^ 1, (self.rank + 1 ^ 1) - 1):  # pairs (0, 1), (2, 3), …, then (1, 2), (3, 4), …
-            if 0 <= peer < self.size:
+            if peer >= 0 and max(peer, self.rank) < self.neighbours:
                 links[peer] = pairs[min(self.rank, peer)]
                 token = torch.zeros(1, device=self.device)
                 _exchange(dist.isend if peer < self.rank else dist.irecv, token, peer, links[peer]).wait()
