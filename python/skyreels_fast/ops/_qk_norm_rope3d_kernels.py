@@ -19,9 +19,10 @@ _MIN_WARPS = 4
 @jit
 def _place(channel, head_stride, HEAD: tl.constexpr):
     """Where a token's channels are; head_stride None: heads adjoin."""
-    if head_stride is None:
-        return channel
-    return channel // HEAD * tl.cast(head_stride, tl.int64) + channel % HEAD
+    at = channel
+    if head_stride is not None:
+        at = channel // HEAD * tl.cast(head_stride, tl.int64) + channel % HEAD
+    return at
 
 
 @jit
