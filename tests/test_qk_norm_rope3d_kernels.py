@@ -299,6 +299,7 @@ def test_wrong_places_and_backends_are_named():
         ({"k_weight": 18}, "k_weight is not aligned"),
         ({"table": 20}, "table is not aligned"),
         ({"head_stride": 2**31}, "the heads of q are too far apart"),
+        ({"out_head_stride": 2**31}, "the heads of q are too far apart"),
     ],
 )
 def test_extension_checks_its_arguments(given, message):
@@ -306,8 +307,10 @@ def test_extension_checks_its_arguments(given, message):
     names = ("q_out", "k_out", "q", "k", "q_weight", "k_weight", "table")
     addresses = [given.get(name, 16) for name in names]
     heads, head_dim = given.get("heads", 2), given.get("head_dim", 8)
-    strides = (0, heads * head_dim, given.get("head_stride", head_dim))
-    layout = ((1, given.get("tokens", 4), heads, head_dim), strides, strides)
+    strides, out_strides = (
+        (0, heads * head_dim, given.get(name, head_dim)) for name in ("head_stride", "out_head_stride")
+    )
+    layout = ((1, given.get("tokens", 4), heads, head_dim), *[out_strides] * 2, *[strides] * 2)
     places = (given.get("grid", (1, 2, 2)), given.get("token_range", (0, 4)))
     with pytest.raises(ValueError, match=f"qk_norm_rope3d: .*{message}"):
         _dispatch.extension.qk_norm_rope3d(
