@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import time
 from collections.abc import Iterator
 from itertools import combinations, pairwise
@@ -264,6 +265,17 @@ def _settle(rank: int, reasons: list[str | None]) -> list[str]:
 def test_what_one_has_against_it_all_know_once(reasons: list[str | None]) -> None:
     expected = list(dict.fromkeys(filter(None, reasons)))
     assert together(3, _settle, reasons) == [expected] * 3
+
+
+def _settle_on_hosts(rank: int, reasons: list[str | None]) -> list[str]:
+    platform.node = lambda: f"node{rank // 2}"
+    return settled(reasons[rank])
+
+
+def test_a_reason_of_some_hosts_names_them() -> None:
+    assert together(4, _settle_on_hosts, ["full", "full", None, None])[3] == ["full (on node0)"]
+    assert together(4, _settle_on_hosts, ["full", None, None, "full"])[0] == ["full"]
+    assert together(4, _settle_on_hosts, [None, "a", "b", None])[1] == ["a (on node0)", "b (on node1)"]
 
 
 def _join_or_refuse(rank: int) -> list[str]:

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import platform
 import re
 from collections.abc import Callable
 from datetime import timedelta
@@ -84,11 +85,16 @@ def meet() -> dist.ProcessGroup:
 
 
 def settled(reason: str | None) -> list[str]:
-    """What any process has against going on, each reason once; this one `reason`, or nothing. All call it together."""
-    group = meet()
-    reasons: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, reason, group=group)
-    return list(dict.fromkeys(filter(None, reasons)))
+    """What any process has against going on, each reason once; this one `reason`, or nothing. All call it together.
+
+    A reason that not all hosts have says which have it.
+    """
+    group, host = meet(), platform.node()
+    answers: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, (reason, host), group=group)
+    hosts = {said: dict.fromkeys(where for what, where in answers if what == said) for said, _ in answers if said}
+    everywhere = {where for _, where in answers}
+    return [said if where.keys() == everywhere else f"{said} (on {', '.join(where)})" for said, where in hosts.items()]
 
 
 class Groups(NamedTuple):
