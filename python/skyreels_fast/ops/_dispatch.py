@@ -2,6 +2,7 @@
 
     cuda     the extension skyreels_fast._C, on CUDA tensors
     triton   Triton kernels, on CUDA tensors; on CPU tensors too where TRITON_INTERPRET=1 was set before Triton's import
+             (to look into them: its interpreter has no right products of bfloat16 matrices)
     ref      plain torch, everywhere
 
 Found once, at import. Triton and the extension may both be missing.

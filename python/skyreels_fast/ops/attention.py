@@ -52,10 +52,17 @@ def attention_ref(
     """`attention` as its formula says, in plain torch, computed in `math_dtype`. Holds all N * Lq * Lk scores."""
 
     def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scores = torch.einsum("bqnd,bknd->bnqk", q.to(math_dtype), k.to(math_dtype)) * q.shape[-1] ** -0.5
-        return torch.einsum("bnqk,bknd->bqnd", scores.softmax(dim=-1), v.to(math_dtype)).to(q.dtype)
+        return _weighted(_scores(q, k, math_dtype), v)
 
     return _by_prefix(dense, q, k, v, block_tokens)
+
+
+def _scores(q: Tensor, k: Tensor, math_dtype: torch.dtype) -> Tensor:
+    return torch.einsum("bqnd,bknd->bnqk", q.to(math_dtype), k.to(math_dtype)) * q.shape[-1] ** -0.5
+
+
+def _weighted(scores: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("bnqk,bknd->bqnd", scores.softmax(dim=-1), v.to(scores.dtype)).to(v.dtype)
 
 
 def attention_cost(
@@ -151,8 +158,8 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None =
     math_dtype = math_dtype_of(q)
     is_empty = 0 in (q.numel(), k.numel())  # which the kernels do not take
     if chosen == "ref" or is_empty or (backend is None and needs_grad(q, k, v)):
-        scores = torch.einsum("bqnd,bknd->bnqk", q.to(math_dtype), k.to(math_dtype)) * q.shape[-1] ** -0.5
-        return attention_ref(q, k, v, math_dtype=math_dtype), scores.logsumexp(dim=-1)
+        scores = _scores(q, k, math_dtype)
+        return _weighted(scores, v), scores.logsumexp(dim=-1)
     with torch.no_grad():
         out, lse = backends.dense_with_lse(chosen)(q, k, v)
     return out, lse.to(math_dtype).reshape(q.shape[0], q.shape[2], -1)[..., : q.shape[1]]
