@@ -37,5 +37,6 @@ PYBIND11_MODULE(_C, module) {
              "strides"_a, "eps"_a, "dtype"_a, "weight_dtype"_a, "stream"_a);
   module.def("qk_norm_rope3d", &sf::qk_norm_rope3d, "qk_norm of q and k, then rotary positions", "q_out"_a, "k_out"_a,
              "q"_a, "k"_a, "q_weight"_a, "k_weight"_a, "table"_a, "shape"_a, "q_out_strides"_a,
-             "k_out_strides"_a, "q_strides"_a, "k_strides"_a, "grid"_a, "token_range"_a, "eps"_a, "dtype"_a, "weight_dtype"_a, "stream"_a);
+             "k_out_strides"_a, "q_strides"_a, "k_strides"_a, "grid"_a, "token_range"_a, "eps"_a, "dtype"_a,
+             "weight_dtype"_a, "stream"_a);
 }

@@ -4,10 +4,11 @@
 //   qk_norm_rope3d   the same of q and of k, then each of a head's Dh/2 interleaved pairs turned by its token's angle:
 //                    (a, b) -> (a cos - b sin, a sin + b cos)
 //
-// Inputs [B, L, N, Dh] of one type (float32, float16, bfloat16) have free strides but for Dh, which is contiguous;
-// so have the outputs of qk_norm_rope3d, which may be its inputs; that of qk_norm is contiguous. Weights [N * Dh] are contiguous, of the inputs' type or float32. Dh is even and at most
-// kMaxHeadChannels, N * Dh at most kMaxChannels, B and f at most kMaxFrames, h and w at most kMaxSide. Arithmetic is
-// float32, rounded once on the way out.
+// Inputs [B, L, N, Dh] of one type (float32, float16, bfloat16) have free strides but for Dh, which is contiguous; so
+// have the outputs of qk_norm_rope3d, which may be its inputs, where these share no element; that of qk_norm is
+// contiguous. Weights [N * Dh] are contiguous, of the inputs' type or float32. Dh is even and at most kMaxHeadChannels,
+// N * Dh at most kMaxChannels, B and f at most kMaxFrames, h and w at most kMaxSide. Arithmetic is float32, rounded
+// once on the way out.
 //
 // L = f * (stop - start) for the grid (f, h, w) and the token range [start, stop) within a frame's h * w tokens. The
 // first Dh/2 - 2 (Dh/6) pairs turn with the frame, then Dh/6 with the row, Dh/6 with the column (integer division);

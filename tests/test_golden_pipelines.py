@@ -99,6 +99,7 @@ def test_where_no_file_tells_the_mode_requests_do(tmp_path: Path) -> None:
         ({"dtype": "float32"}, "dtype='float32': must be torch.bfloat16, torch.float16 or torch.float32"),
         ({"dtype": torch.int8}, "dtype=torch.int8: must be torch.bfloat16"),
         ({"vae_dtype": torch.float64}, "vae_dtype=torch.float64: must be"),
+        ({"device": "meta"}, "device='meta': must be"),
         ({"device": "nope"}, 'device=\'nope\': must be "cuda", "cuda:N" or "cpu"'),
     ],
 )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from PIL import Image
 
 from skyreels_fast import cli
 from skyreels_fast._resume import resume_line
+from skyreels_fast.parallel import meeting
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--device", "cpu", "--model_id", "tiny"]
@@ -30,6 +33,12 @@ def torchrun(directory: Path, count: int, *flags: str) -> subprocess.Popen:
         cwd=directory, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     )  # fmt: skip
+
+
+def free_port() -> str:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return str(listening.getsockname()[1])
 
 
 def rank_of(pid: int) -> str | None:
@@ -114,6 +123,53 @@ def test_bad_flags_are_said_once(tmp_path: Path) -> None:
     _, said = run.communicate(timeout=120)
     assert said.count("--ulysses_degree 3: does not fit 4 heads and 2 processes") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_rank_that_torchrun_has_not_given_changes_nothing(monkeypatch, capsys, tmp_path: Path) -> None:
+    """As some clusters set it in every container."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", "1")
+    assert cli.generate_video_df([*SMALL, "--output", "out.avi"]) == 2
+    assert "--output 'out.avi': must end in .mp4" in capsys.readouterr().err
+
+
+def test_processes_that_never_come_are_told_from_those_that_end(monkeypatch, capsys, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(meeting, "STEP_TIMEOUT", timedelta(seconds=1))
+    given = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert cli.generate_video_df([*SMALL, "--use_usp", "--num_frames", "9", "--output", "out.mp4"]) == 2
+    said = capsys.readouterr().err
+    assert f"error: --use_usp: 2 processes have not met at 127.0.0.1:{given['MASTER_PORT']}: start the command" in said
+    assert not list(tmp_path.iterdir())
+
+
+_FAILS_LATE = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+from skyreels_fast import cli, pipeline
+
+def plan(self, request, plan=pipeline.Pipeline.plan):
+    if os.environ["RANK"] == "1":
+        time.sleep(3)
+        raise RuntimeError("boom")
+    return plan(self, request)
+
+pipeline.Pipeline.plan = plan
+raise SystemExit(cli.generate_video_df(sys.argv[2:]))
+"""
+
+
+def test_a_process_that_ends_while_the_first_has_begun_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "run.py").write_text(_FAILS_LATE)
+    (tmp_path / "here").mkdir()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    flags = ["--use_usp", "--num_frames", "9", "--output", "here/out.mp4"]
+    words = [*launcher, "run.py", str(ROOT / "python"), *SMALL, *flags]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "boom" in done.stderr
+    assert not list((tmp_path / "here").iterdir())
 
 
 def test_several_hosts_are_in_the_command_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,6 +175,20 @@ def test_in_place_takes_no_memory_and_touches_nothing_else(layout, device, backe
 
 
 @on_each_kernel
+@pytest.mark.parametrize("apart", [(0, 1), (1, 0)], ids=["k above", "k below"])
+def test_in_place_where_q_and_k_share_heads(apart, device, backend):
+    """Both are read before either is written: the one that is written last is right as a whole."""
+    size = Size((3, 2, 2), 2, 32)
+    generator = torch.Generator().manual_seed(0)
+    heads = torch.randn(1, size.tokens, 3, 32, generator=generator).to(device)
+    q, k = (heads[:, :, first : first + 2] for first in apart)
+    weights = [torch.ones(64, device=device)] * 2
+    _, expected = qk_norm_rope3d(q.clone(), k.clone(), *weights, size.grid, backend=backend)
+    _, actual = qk_norm_rope3d_(q, k, *weights, size.grid, backend=backend)
+    assert torch.equal(actual, expected)
+
+
+@on_each_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_strides_and_alignment_are_free(dtype, device, backend):
     size = Size((2, 1, 1), 3, 32, batch=2)

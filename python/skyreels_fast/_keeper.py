@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -64,6 +65,12 @@ def _once(made: torch.cuda.Event | None, device: torch.device) -> contextlib.Abs
     """Reads of what `made` stands for that wait for no later work: a process that is gone may never let it end."""
     if made is None:
         return contextlib.nullcontext()
-    stream = torch.cuda.Stream(device)
+    stream = _stream(device)
     stream.wait_event(made)
     return torch.cuda.stream(stream)
+
+
+@lru_cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for good: torch has 32 and deals them out in turn, so that another may be one that waits."""
+    return torch.cuda.Stream(device)

@@ -8,6 +8,7 @@ is in a folder beside it, from which --resume goes on.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import os
@@ -78,14 +79,24 @@ def _prepare(program: str, mode: str, argv: list[str]) -> Part | int:
         part = _part(program, mode, args, argv)
     except (ValueError, OSError) as error:
         reason, reasons = one_line(error), getattr(error, "reasons", None)
-    if reasons is None:
-        reasons = together(reason) if together else [reason] if reason else []
+    try:
+        if reasons is None:
+            reasons = together(reason) if together else [reason] if reason else []
+    except BaseException:
+        _withdraw(part)
+        raise
     if not reasons:
         return part
+    _withdraw(part)
+    return _refuse(program, reasons)
+
+
+def _withdraw(part: Part | None) -> None:
+    """Leave nothing of a run that has begun and comes to nothing."""
     if isinstance(part, Job) and not part.resumed:
         part.run.withdraw()
-        part.record.withdraw()
-    return _refuse(program, reasons)
+        with contextlib.suppress(OSError):
+            part.record.withdraw()
 
 
 def _meeting() -> Callable[[str | None], list[str]]:
@@ -106,7 +117,7 @@ def _part(program: str, mode: str, args: argparse.Namespace, argv: list[str]) ->
     if args.resume:
         args = resumed(args.resume, mode, parser(program, mode), argv)
     request = Request(**request_values(args))
-    if os.environ.get("RANK", "0") == "0":  # which alone writes
+    if not args.use_usp or os.environ.get("RANK", "0") == "0":  # which alone writes
         _check_output(args)
     args.device = device_name(args.device)
     if args.use_usp:

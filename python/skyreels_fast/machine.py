@@ -27,9 +27,13 @@ def checked_device(name: str | torch.device) -> torch.device:
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError):
-        raise ValueError(f'device={name!r}: must be "cuda", "cuda:N" or "cpu"') from None
+        device = None
+    if device is None or device.type not in ("cuda", "cpu"):
+        raise ValueError(f'device={str(name)!r}: must be "cuda", "cuda:N" or "cpu"')
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f'device="{device}": PyTorch finds no CUDA device here; give device="cpu"')
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f'device="{device}": PyTorch finds {torch.cuda.device_count()} CUDA devices here')
     return device
 
 

@@ -53,6 +53,27 @@ def _is_writable(x: Tensor) -> bool:
     return x.stride(3) == 1 and all(stride > 0 for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1)
 
 
+def _are_apart(q: Tensor, k: Tensor) -> bool:
+    """Whether no element of one is known to be, or may be, an element of the other. They have one shape."""
+    if q.untyped_storage().data_ptr() != k.untyped_storage().data_ptr():
+        return True
+    if q.stride() != k.stride():
+        return False
+    dims = sorted(((stride, size) for size, stride in zip(q.shape, q.stride(), strict=True) if size > 1), reverse=True)
+    return not _is_sum(q.storage_offset() - k.storage_offset(), dims)
+
+
+def _is_sum(distance: int, dims: list[tuple[int, int]]) -> bool:
+    """Whether steps of these (stride, size) add up to the distance, fewer than `size` of each, in either direction."""
+    if not dims:
+        return distance == 0
+    (stride, size), *rest = dims
+    within = sum(each * (count - 1) for each, count in rest)
+    first, last = -((within - distance) // stride), (within + distance) // stride
+    steps = range(max(first, 1 - size), min(last, size - 1) + 1)
+    return any(_is_sum(distance - step * stride, rest) for step in steps)
+
+
 def _strides(x: Tensor) -> tuple[int, ...]:
     # The stride of a dimension of one says nothing, and would speak against 16-byte loads.
     return tuple(stride if size > 1 else 0 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
@@ -137,7 +158,7 @@ def _launch_rope(
     schema=f"(Tensor(a!) q, Tensor(b!) k, {_OPTIONS}) -> ()",
 )
 def qk_norm_rope3d_(q: Tensor, k: Tensor, *options: Any) -> None:
-    if _is_writable(q) and _is_writable(k):
+    if _is_writable(q) and _is_writable(k) and _are_apart(q, k):
         _launch_rope((q, k), q, k, *options)
     else:
         for tensor, out in zip((q, k), qk_norm_rope3d(q, k, *options), strict=True):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from .layout import Degrees, Layout, choose_layout
+from .meeting import RefusedError, is_lost_peer, meet, require, settled
 from .team import Team
-from .world import LeaderError, RefusedError, World, is_lost_peer, meet, require, settled
+from .world import LeaderError, World
 
 __all__ = [
     "Degrees",

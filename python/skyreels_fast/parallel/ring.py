@@ -17,7 +17,7 @@ PartAttention = tuple[Tensor, Tensor]
 
 
 class RingBuffers:
-    """Memory for the keys and values in hand and for those under way, used again by every call.
+    """Memory for the keys and values in hand and for those that come after them, used again by every call.
 
     What NCCL has been given is not used again before the device is done with it, however far the host is ahead: tensors
     made in each call would pile up.

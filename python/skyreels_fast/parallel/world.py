@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 import os
-import platform
-import re
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,14 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .layout import Layout
+from .meeting import LEADER_TIMEOUT, STEP_TIMEOUT, RefusedError, meet, require, settled
 
 T = TypeVar("T")
-
-# A process that dies is noticed by torchrun or by its closed connection. These are for one that hangs: in a step all
-# work in step, give or take what a device has queued; outside of steps, and while frames are decoded, which somebody
-# may read slowly, all wait for the leader, however long it takes.
-_STEP_TIMEOUT = timedelta(minutes=10)
-_LEADER_TIMEOUT = timedelta(days=7)
 
 # Multiprocessors that an exchange between neighbours holds, also while it waits for the other: all else computes.
 _LINK_CTAS = 4
@@ -35,66 +26,8 @@ class LeaderError(RuntimeError):
     """Rank 0 has failed, and says itself why."""
 
 
-class RefusedError(ValueError):
-    """Some process has something against going on; `reasons` has all that any has, each once."""
-
-    def __init__(self, reasons: list[str]) -> None:
-        super().__init__("; ".join(reasons))
-        self.reasons = reasons
-
-
 # Newer torch calls it so.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-_LOST = re.compile(
-    "closed by peer|reset by peer|broken pipe|timed? ?out|likely closed|ncclRemoteError|remote process exit",
-    re.IGNORECASE,
-)
-# The group of all processes, by torch's default group, which those that leave take down with them.
-_meeting: tuple[Any, dist.ProcessGroup] | None = None
-
-
-def is_lost_peer(error: BaseException) -> bool:
-    """Whether an exchange has failed because another process is gone."""
-    # Gloo's errors have no type of their own, but name its files.
-    of_exchange = isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error).lower())
-    return of_exchange and bool(_LOST.search(str(error)))
-
-
-def _check_started() -> None:
-    if "WORLD_SIZE" not in os.environ and not dist.is_initialized():
-        raise ValueError("--use_usp: start the command with torchrun --nproc_per_node=N, a process for each GPU")
-
-
-def meet() -> dist.ProcessGroup:
-    """Meet all processes that torchrun has started, once: a group over gloo, in which one may wait for long.
-
-    Before anything that a single process may fail at, lest the others wait for it in vain. Raises ValueError where
-    torchrun has started none.
-    """
-    global _meeting
-    _check_started()
-    if not dist.is_initialized():
-        # Else attention, which fills the device, may let no exchange beside it begin before its end.
-        os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
-        has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo", timeout=_STEP_TIMEOUT)
-    if _meeting is None or _meeting[0] is not dist.group.WORLD:
-        _meeting = dist.group.WORLD, dist.new_group(backend="gloo", timeout=_LEADER_TIMEOUT)
-    return _meeting[1]
-
-
-def settled(reason: str | None) -> list[str]:
-    """What any process has against going on, each reason once; this one `reason`, or nothing. All call it together.
-
-    A reason that not all hosts have says which have it.
-    """
-    group, host = meet(), platform.node()
-    answers: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(answers, (reason, host), group=group)
-    hosts = {said: dict.fromkeys(where for what, where in answers if what == said) for said, _ in answers if said}
-    everywhere = {where for _, where in answers}
-    return [said if where.keys() == everywhere else f"{said} (on {', '.join(where)})" for said, where in hosts.items()]
 
 
 class Groups(NamedTuple):
@@ -102,13 +35,6 @@ class Groups(NamedTuple):
 
     ulysses: dist.ProcessGroup | None
     ring: dist.ProcessGroup | None
-
-
-def require(device: torch.device) -> None:
-    """Raises ValueError, in one line, where several processes cannot work together on devices like this one."""
-    _check_started()
-    if device.type == "cuda" and importlib.util.find_spec("xfuser") is None:
-        raise ValueError("--use_usp: several GPUs need xfuser; pip install 'skyreels-fast[parallel]'")
 
 
 class World:
@@ -260,9 +186,9 @@ def _pair(low: int, device: torch.device) -> dist.ProcessGroup:
     if device.type == "cuda":
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
         options.config.max_ctas = _LINK_CTAS
-        options._timeout = _LEADER_TIMEOUT
+        options._timeout = LEADER_TIMEOUT
     backend = "nccl" if device.type == "cuda" else "gloo"
-    return dist.new_group([low, low + 1], timeout=_LEADER_TIMEOUT, backend=backend, pg_options=options)
+    return dist.new_group([low, low + 1], timeout=LEADER_TIMEOUT, backend=backend, pg_options=options)
 
 
 def _exchange(begin: Callable[..., Any], tensor: Tensor, rank: int, group: dist.ProcessGroup) -> dist.Work:
@@ -272,8 +198,8 @@ def _exchange(begin: Callable[..., Any], tensor: Tensor, rank: int, group: dist.
 
 def _torch_groups(layout: Layout) -> Groups:
     """Every process must make every group."""
-    ulysses, _ = dist.new_subgroups_by_enumeration(layout.ulysses_ranks(), timeout=_STEP_TIMEOUT)
-    ring, _ = dist.new_subgroups_by_enumeration(layout.ring_ranks(), timeout=_STEP_TIMEOUT)
+    ulysses, _ = dist.new_subgroups_by_enumeration(layout.ulysses_ranks(), timeout=STEP_TIMEOUT)
+    ring, _ = dist.new_subgroups_by_enumeration(layout.ring_ranks(), timeout=STEP_TIMEOUT)
     return Groups(ulysses if layout.ulysses > 1 else None, ring if layout.ring > 1 else None)
 
 
