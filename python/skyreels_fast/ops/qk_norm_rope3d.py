@@ -254,6 +254,9 @@ def qk_norm_rope3d(
 def qk_norm_rope3d_(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, grid: Grid, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """`qk_norm_rope3d`, with its options, written over q and k, which are returned: for inference, without memory of
-    its own. Raises ValueError as it does, and where q and k share memory."""
+    """`qk_norm_rope3d`, with its options, written over q and k, which are returned: for inference.
+
+    They may be views of one product: kernels take no memory of their own where channels adjoin. What q and k share is
+    k's then. Raises ValueError as it does, and where both begin at one address.
+    """
     return _norm_rope(q, k, q_weight, k_weight, grid, in_place=True, **options)
