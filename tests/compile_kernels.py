@@ -1,6 +1,7 @@
 """Compile every Triton kernel of the ops for a GPU, on a machine that need have none: `compile_kernels.py [90]`.
 
-Prints the names of the kernels. Triton's interpreter, in which they run on the CPU, takes more than its compiler does.
+Prints the kernels, each as MODULE.NAME. Triton's interpreter, in which they run on the CPU, takes more than its
+compiler does.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def only_compiled(compiled: set[str]) -> None:
     run = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, **options: Any) -> Any:
-        compiled.add(self.fn.__name__)
+        compiled.add(f"{self.fn.__module__.rpartition('.')[2]}.{self.fn.__name__}")
         return run(self, *args, **(options | {"warmup": True}))
 
     JITFunction.run = compile_only

@@ -24,5 +24,7 @@ def test_every_kernel_compiles(capability: int, tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     sources = (ROOT / "python" / "skyreels_fast" / "ops").glob("*.py")
-    kernels = {name for source in sources for name in DEFINED.findall(source.read_text(encoding="utf-8"))}
+    kernels = {
+        f"{source.stem}.{name}" for source in sources for name in DEFINED.findall(source.read_text(encoding="utf-8"))
+    }
     assert set(done.stdout.split()) == kernels and len(kernels) > 8

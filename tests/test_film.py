@@ -15,7 +15,7 @@ import torch
 
 import skyreels_fast as sf
 from skyreels_fast import _encoder, media
-from skyreels_fast import film as film_room
+from skyreels_fast import film as film_module
 from skyreels_fast._encoder import VideoError
 from skyreels_fast.film import Film, Mark, _in_fragments
 
@@ -176,7 +176,7 @@ def test_a_copy_that_ends_too_early_is_not_taken(tmp_path: Path, monkeypatch: py
     write(film, 0, 9)
     film.close()
     path = tmp_path / "out.mp4"
-    grown, copy = path.read_bytes(), film_room.make_plain
+    grown, copy = path.read_bytes(), film_module.make_plain
 
     def shortened(source: Path, target: Path) -> None:
         copy(source, target)
@@ -186,7 +186,7 @@ def test_a_copy_that_ends_too_early_is_not_taken(tmp_path: Path, monkeypatch: py
         struct.pack_into(">I", data, at + 16, ticks - ticks // 9)
         target.write_bytes(data)
 
-    monkeypatch.setattr(film_room, "make_plain", shortened)
+    monkeypatch.setattr(film_module, "make_plain", shortened)
     with pytest.raises(VideoError, match="all but the last frame's time"):
         film.make_plain()
     assert path.read_bytes() == grown

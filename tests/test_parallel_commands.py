@@ -25,11 +25,14 @@ TINY = ["--device", "cpu", "--model_id", "tiny"]
 SMALL = [*TINY, "--height", "48", "--width", "80", "--base_num_frames", "9", "--overlap_history", "5", "--seed", "3"]
 
 
-def torchrun(directory: Path, count: int, *flags: str) -> subprocess.Popen:
+COMMAND = ROOT / "generate_video_df.py"
+
+
+def torchrun(directory: Path, count: int, *flags: str, script: Path = COMMAND) -> subprocess.Popen:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "python")}
     return subprocess.Popen(
-        [*launcher, str(ROOT / "generate_video_df.py"), *SMALL, "--output", "out.mp4", *flags],
+        [*launcher, str(script), *SMALL, "--output", "out.mp4", *flags],
         cwd=directory, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     )  # fmt: skip
@@ -93,12 +96,11 @@ def test_a_process_that_dies_ends_the_run_which_one_process_goes_on_with(tmp_pat
 
 
 _ELSEWHERE = """
-import os, sys
-sys.path.insert(0, sys.argv[1])
+import os
 os.makedirs(f"host{os.environ['RANK']}", exist_ok=True)
 os.chdir(f"host{os.environ['RANK']}")
 from skyreels_fast import cli
-raise SystemExit(cli.generate_video_df(sys.argv[2:]))
+raise SystemExit(cli.generate_video_df())
 """
 
 
@@ -109,12 +111,11 @@ def test_what_one_process_refuses_all_do_and_say_why(lacking: int, tmp_path: Pat
     there = tmp_path / f"host{1 - lacking}"
     there.mkdir()
     Image.new("RGB", (80, 48)).save(there / "first.png")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "run.py"]
-    flags = ["--use_usp", "--num_frames", "9", "--image", "first.png", "--output", "out.mp4"]
-    words = [*launcher, str(ROOT / "python"), *SMALL, *flags]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0
-    assert len(re.findall(r"error: --image 'first\.png': .*", done.stderr)) == 1
+    flags = ["--use_usp", "--num_frames", "9", "--image", "first.png"]
+    run = torchrun(tmp_path, 2, *flags, script=tmp_path / "run.py")
+    _, said = run.communicate(timeout=120)
+    assert run.returncode != 0
+    assert len(re.findall(r"error: --image 'first\.png': .*", said)) == 1
     assert [file.name for file in there.iterdir()] == ["first.png"]
 
 
@@ -146,8 +147,7 @@ def test_processes_that_never_come_are_told_from_those_that_end(monkeypatch, cap
 
 
 _FAILS_LATE = """
-import os, sys, time
-sys.path.insert(0, sys.argv[1])
+import os, time
 from skyreels_fast import cli, pipeline
 
 def plan(self, request, plan=pipeline.Pipeline.plan):
@@ -157,18 +157,17 @@ def plan(self, request, plan=pipeline.Pipeline.plan):
     return plan(self, request)
 
 pipeline.Pipeline.plan = plan
-raise SystemExit(cli.generate_video_df(sys.argv[2:]))
+raise SystemExit(cli.generate_video_df())
 """
 
 
 def test_a_process_that_ends_while_the_first_has_begun_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "run.py").write_text(_FAILS_LATE)
     (tmp_path / "here").mkdir()
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     flags = ["--use_usp", "--num_frames", "9", "--output", "here/out.mp4"]
-    words = [*launcher, "run.py", str(ROOT / "python"), *SMALL, *flags]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0 and "boom" in done.stderr
+    run = torchrun(tmp_path, 2, *flags, script=tmp_path / "run.py")
+    _, said = run.communicate(timeout=120)
+    assert run.returncode != 0 and "boom" in said
     assert not list((tmp_path / "here").iterdir())
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 from ._values import UsageError
+from .config import DTYPES
 from .prompts import read_prompts
 from .request import Request
 
@@ -19,7 +20,6 @@ FIELDS = {field.name: field.name for field in dataclasses.fields(Request) if fie
 # How each command may be called; the first where it goes by another name.
 PROGRAMS = {"df": ("generate_video_df.py", "skyreels-fast-df"), "t2v": ("generate_video.py", "skyreels-fast")}
 _SCRIPTS = tuple(names[1] for names in PROGRAMS.values())
-DTYPES = ("bfloat16", "float16", "float32")
 FIELDS |= {"video": "video_path", "prompts": "prompt_file"}  # field of a Request: flag, where they differ
 # Fields inside a message: with a value, with a name that is no English word, or where the message asks for them.
 _FLAGGED = [name for name in FIELDS if name not in ("context", "negative_context", "clip_features")]
@@ -203,10 +203,13 @@ def parser(program: str, mode: str) -> Parser:
 
 def _examples(program: str, mode: str) -> str:
     """The examples under the name that the command was called by."""
-    script = PROGRAMS[mode][0]
-    by_torchrun = program if program.endswith(".py") else f"--no-python {program}"
+    script, by_torchrun = PROGRAMS[mode][0], " ".join(_for_torchrun(program))
     examples = _DF_EXAMPLES if mode == "df" else _T2V_EXAMPLES
     return examples.replace(f"    {script}", f"    {program}").replace(f"8 {script}", f"8 {by_torchrun}")
+
+
+def _for_torchrun(program: str) -> list[str]:
+    return [program] if program.endswith(".py") else ["--no-python", program]
 
 
 def with_flags(message: str) -> str:
@@ -243,12 +246,11 @@ def check_together(args: argparse.Namespace) -> None:
 def launched(program: str) -> list[str]:
     """How this program was started: by python or by itself, or by torchrun with as many processes as there are."""
     here, hosts = (int(os.environ.get(name, "0")) for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"))
-    is_script = program.endswith(".py")
     if not here:
-        return ["python", program] if is_script else [program]
+        return ["python", program] if program.endswith(".py") else [program]
     endpoint = f"--rdzv_endpoint={os.environ.get('MASTER_ADDR', 'HOST')}:29500"
     hosts = [f"--nnodes={hosts}", "--rdzv_backend=c10d", endpoint, "--rdzv_id=1"] if hosts > 1 else []
-    return ["torchrun", *hosts, f"--nproc_per_node={here}", *([] if is_script else ["--no-python"]), program]
+    return ["torchrun", *hosts, f"--nproc_per_node={here}", *_for_torchrun(program)]
 
 
 def check_usp(args: argparse.Namespace) -> None:

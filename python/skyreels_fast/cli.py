@@ -71,24 +71,22 @@ def _prepare(program: str, mode: str, argv: list[str]) -> Part | int:
     try:
         args = parser(program, mode).parse(argv)
         check_together(args)
-        together = _meeting() if args.use_usp else None
+        settled = _meeting() if args.use_usp else _alone
     except (ValueError, OSError) as error:
         return _refuse(program, [one_line(error)])
-    part, reason, reasons = None, None, None
+    part = fault = None
     try:
         part = _part(program, mode, args, argv)
     except (ValueError, OSError) as error:
-        reason, reasons = one_line(error), getattr(error, "reasons", None)
-    try:
-        if reasons is None:
-            reasons = together(reason) if together else [reason] if reason else []
-    except BaseException:
-        _withdraw(part)
-        raise
-    if not reasons:
-        return part
-    _withdraw(part)
-    return _refuse(program, reasons)
+        fault = error
+    with contextlib.ExitStack() as undone:
+        undone.callback(_withdraw, part)
+        # A RefusedError is what has been settled already.
+        reasons = getattr(fault, "reasons", None) or settled(fault and one_line(fault))
+        if reasons:
+            return _refuse(program, reasons)
+        undone.pop_all()
+    return part
 
 
 def _withdraw(part: Part | None) -> None:
@@ -104,6 +102,11 @@ def _meeting() -> Callable[[str | None], list[str]]:
 
     meet()
     return settled
+
+
+def _alone(reason: str | None) -> list[str]:
+    """What speaks against a run of one process."""
+    return [reason] if reason else []
 
 
 def _refuse(program: str, reasons: list[str]) -> int:

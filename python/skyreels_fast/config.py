@@ -15,6 +15,8 @@ LATENT_CHANNELS = 16
 # The DiT patches 2x2 latents, so frames come in multiples of 16 pixels.
 PIXEL_MULTIPLE = 16
 
+DTYPES = ("bfloat16", "float16", "float32")  # that a model can be had in
+
 # Diffusion forcing, text to video, image to video.
 MODES = ("df", "t2v", "i2v")
 

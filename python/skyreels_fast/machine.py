@@ -9,7 +9,7 @@ from torch import nn
 
 from . import ops
 from ._meta import without_weights
-from .config import PIXEL_MULTIPLE, TransformerConfig
+from .config import DTYPES, PIXEL_MULTIPLE, TransformerConfig
 from .dit.model import DiT
 from .footprint import GIB, OVERHEAD_BYTES, Footprint, check_vram
 from .parallel import Degrees, Layout, World, choose_layout
@@ -18,8 +18,6 @@ from .placement import Placement
 from .plan import Plan
 from .sampling.team import Alone, Team
 from .vae import VAE, tiles
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def checked_device(name: str | torch.device) -> torch.device:
@@ -39,9 +37,10 @@ def checked_device(name: str | torch.device) -> torch.device:
 
 def check_dtypes(**dtypes: torch.dtype | None) -> None:
     """Raises ValueError for one in which a model cannot be had. None stands for a default."""
+    known = [getattr(torch, name) for name in DTYPES]
     for name, dtype in dtypes.items():
-        if dtype is not None and dtype not in DTYPES:
-            raise ValueError(f"{name}={dtype!r}: must be {', '.join(map(str, DTYPES[:-1]))} or {DTYPES[-1]}")
+        if dtype is not None and dtype not in known:
+            raise ValueError(f"{name}={dtype!r}: must be {', '.join(map(str, known[:-1]))} or {known[-1]}")
 
 
 class Machine:

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from skyreels_fast.ops._dispatch import jit, tl, triton
+from skyreels_fast.ops._dispatch import adjoining, jit, tl, triton
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_DIM = 8192
@@ -156,7 +156,7 @@ def _adaln_kernel(
 def _matrix(tensor: Tensor) -> Tensor:
     """[..., D] as [rows, D], its rows contiguous."""
     matrix = tensor.reshape(-1, tensor.shape[-1])
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+    return adjoining(matrix)
 
 
 def _launch_triton(

@@ -24,6 +24,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from skyreels_fast.ops._dispatch import adjoining
+
 Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
 DenseWithLse = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -173,7 +175,7 @@ def _even(q: Tensor) -> Tensor:
 def _sdpa_with_lse(q: Tensor, k: Tensor, v: Tensor, kernel: SDPBackend | None = None) -> tuple[Tensor, Tensor]:
     """As `_sdpa`; torch's own choice is not to be had with the log-sum-exp, so the kernel of widest use stands in."""
     # Called as here, not through torch's choice, the kernels take a stride of 1 between channels for granted.
-    heads_first = [(x if x.stride(3) == 1 else x.contiguous()).transpose(1, 2) for x in (q, k, v)]
+    heads_first = [adjoining(x).transpose(1, 2) for x in (q, k, v)]
     if kernel is SDPBackend.CUDNN_ATTENTION:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(*heads_first, None, True)
     elif kernel is SDPBackend.FLASH_ATTENTION:

@@ -43,6 +43,7 @@ def _import_extension() -> ModuleType | None:
 
 
 extension: Any = _import_extension()
+_NAMES = ("cuda", "triton", "ref")
 _INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 _PRESENT = {
     "cuda": [name for name, there in (("cuda", extension), ("triton", triton), ("ref", True)) if there],
@@ -51,12 +52,14 @@ _PRESENT = {
 logger.info("backends by device, the preferred first: %s", _PRESENT)
 
 
-def available(device_type: str, offered: tuple[str, ...] = ("cuda", "triton", "ref")) -> list[str]:
-    """Those of `offered` that run on tensors of `device_type` here, the preferred first."""
-    return [name for name in _PRESENT.get(device_type, ["ref"]) if name in offered]
+def available(device_type: str, offered: tuple[str, ...] = _NAMES) -> list[str]:
+    """Those of `offered` that run on tensors of `device_type` here: an op's own, which torch has everywhere, then those
+    above, the preferred first."""
+    own = [name for name in offered if name not in _NAMES]
+    return own + [name for name in _PRESENT.get(device_type, ["ref"]) if name in offered]
 
 
-def choose(op: str, backend: str | None, device_type: str, offered: tuple[str, ...] = ("cuda", "triton", "ref")) -> str:
+def choose(op: str, backend: str | None, device_type: str, offered: tuple[str, ...] = _NAMES) -> str:
     """`backend`, or where it is None the preferred one. Raises ValueError for one unknown or not available."""
     check_backend(op, backend, offered)
     names = available(device_type, offered)
@@ -104,6 +107,11 @@ def check_tensors(op: str, /, **values: Tensor | torch.dtype | None) -> None:
                 raise ValueError(f"{op}: {first[0]} ({first[1]}) and {label} ({value.device}) must be on one device")
         if dtype not in FLOATS:
             raise ValueError(f"{op}: {label} must be float16, bfloat16, float32 or float64, not {dtype}")
+
+
+def adjoining(x: Tensor) -> Tensor:
+    """x, copied where its last dimension is not contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def math_dtype_of(*values: Tensor | torch.dtype | None) -> torch.dtype:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from skyreels_fast.ops import _qk_norm_rope3d_kernels as triton_kernels
-from skyreels_fast.ops._dispatch import current_stream, extension
+from skyreels_fast.ops._dispatch import adjoining, current_stream, extension
 
 Grid = tuple[int, int, int]
 
@@ -42,10 +42,6 @@ def _axis_table(grid: Grid, frame_offset: int, head_dim: int, theta: float, devi
     cpu = torch.device("cpu")
     angles = torch.cat([axis_angles(length, first, n, theta, cpu).flatten() for length, first, n in axes])
     return torch.stack((angles.cos(), angles.sin()), dim=-1).float().to(device)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(3) == 1 else x.contiguous()
 
 
 def _is_writable(x: Tensor) -> bool:
@@ -98,7 +94,7 @@ def _like(x: Tensor) -> Tensor:
     "skyreels_fast::qk_norm", mutates_args=(), schema="(Tensor x, Tensor weight, float eps, str backend) -> Tensor"
 )
 def qk_norm(x: Tensor, weight: Tensor, eps: float, backend: str) -> Tensor:
-    x, (weight,), out = _rows(x), _weights(x, weight), _like(x)
+    x, (weight,), out = adjoining(x), _weights(x, weight), _like(x)
     if out.numel() == 0:
         return out
     with torch.cuda.device_of(out):
@@ -136,7 +132,7 @@ def _launch_rope(
     backend: str,
 ) -> None:
     """outs: with adjoining channels; they may be q and k, for a token is read whole before any of it is written."""
-    q, k, weights = _rows(q), _rows(k), _weights(q, q_weight, k_weight)
+    q, k, weights = adjoining(q), adjoining(k), _weights(q, q_weight, k_weight)
     if q.numel() == 0:
         return
     frames, height, width = grid

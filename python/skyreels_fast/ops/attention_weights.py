@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from skyreels_fast.ops._dispatch import check_tensors, choose_kernel, jit, math_dtype_of, tl, triton
+from skyreels_fast.ops._dispatch import adjoining, check_tensors, choose_kernel, jit, math_dtype_of, tl, triton
 from skyreels_fast.ops.qk_norm_rope3d import qk_norm_ref
 
 BACKENDS = ("triton", "ref")
@@ -116,7 +116,7 @@ def _attention_weights(
     with torch.cuda.device_of(q):
         rms = None
         if norm_weight is None:
-            q = q if q.stride(3) == 1 else q.contiguous()
+            q = adjoining(q)
         else:
             q = q if q.stride(3) == 1 and q.stride(2) == channels else q.contiguous()
             k = (k * norm_weight.view(heads, channels)).to(q.dtype)
@@ -124,7 +124,7 @@ def _attention_weights(
             _attention_weights_rms_kernel[(tokens, batch)](
                 rms, q, q.stride(0), q.stride(1), tokens, width, eps, BLOCK=triton.next_power_of_2(width), num_warps=4
             )
-        k = k if k.stride(3) == 1 else k.contiguous()
+        k = adjoining(k)
         _attention_weights_kernel[(triton.cdiv(tokens, _ROWS * _TILES), heads, batch)](
             out, q, k, None if log_counts is None else log_counts.contiguous(), rms, channels**-0.5,
             tokens, keys // unit, heads, channels, *q.stride()[:3], *k.stride()[:3],

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from skyreels_fast.ops import _causal_conv3d_kernels as kernels
-from skyreels_fast.ops._dispatch import available, check_backend, check_tensors, math_dtype_of, needs_grad
+from skyreels_fast.ops._dispatch import check_tensors, choose, math_dtype_of, needs_grad
 from skyreels_fast.ops.norm_silu import norm_silu, norm_silu_ref
 
 BACKENDS = ("triton", "conv2d", "conv3d", "ref")
@@ -131,17 +131,13 @@ def _choose(backend: str | None, x: Tensor, weight: Tensor, *others: Tensor | No
         half = x.dtype in (torch.float16, torch.bfloat16)  # float32 products would be slow there, or inexact
         possible = usable and half and kernels.has_room(x.device) and not needs_grad(x, weight, *others)
         return "conv2d" if chosen == "triton" and not possible else chosen
-    check_backend(name, backend, BACKENDS)
-    if backend == "triton":
-        if backend not in available(x.device.type):
-            others = ", ".join(other for other in BACKENDS if other != backend)
-            raise ValueError(f"{name}: backend {backend!r} is not available for {x.device.type}, only {others}")
-        if not usable:
-            raise ValueError(
-                f"{name}: backend 'triton' takes float32, float16 and bfloat16, C in multiples of "
-                f"{kernels.CHANNEL_MULTIPLE} and KT up to {kernels.MAX_FRAMES}, not {x.dtype}, C = {x.shape[-1]} and "
-                f"KT = {weight.shape[2]}; use 'conv2d'"
-            )
+    choose(name, backend, x.device.type, BACKENDS)
+    if backend == "triton" and not usable:
+        raise ValueError(
+            f"{name}: backend 'triton' takes float32, float16 and bfloat16, C in multiples of "
+            f"{kernels.CHANNEL_MULTIPLE} and KT up to {kernels.MAX_FRAMES}, not {x.dtype}, C = {x.shape[-1]} and "
+            f"KT = {weight.shape[2]}; use 'conv2d'"
+        )
     return backend
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from skyreels_fast.ops._dispatch import check_tensors, choose_kernel, jit, math_dtype_of, tl, triton
+from skyreels_fast.ops._dispatch import adjoining, check_tensors, choose_kernel, jit, math_dtype_of, tl, triton
 
 BACKENDS = ("triton", "ref")
 _NAME = "merge_attention"
@@ -93,7 +93,7 @@ def _merge_attention(
     both = torch.empty(lse.shape, dtype=torch.float32, device=out.device)
     if merged.numel() == 0:
         return merged, both
-    out, more = (x if x.stride(3) == 1 else x.contiguous() for x in (out, more))
+    out, more = adjoining(out), adjoining(more)
     width = triton.next_power_of_2(channels)
     rows = max(1, _ELEMENTS // width)
     with torch.cuda.device_of(out):

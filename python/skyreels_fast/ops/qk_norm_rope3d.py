@@ -134,7 +134,15 @@ def _integers(name: str, label: str, values: Any, names: str) -> tuple[int, ...]
     return tuple(values)
 
 
-def _check_grid(name: str, q: Tensor, k: Tensor, grid: Grid, token_range: tuple[int, int] | None) -> None:
+def _places(
+    name: str, q: Tensor, k: Tensor, grid: Grid, token_range: tuple[int, int] | None
+) -> tuple[Grid, tuple[int, int]]:
+    """The grid, and which tokens of each frame q and k have, checked."""
+    grid = _integers(name, "grid", grid, "f, h, w")
+    if min(grid) < 1:
+        raise ValueError(f"{name}: grid must be (f, h, w), each at least 1, not {grid}")
+    if token_range is not None:
+        token_range = _integers(name, "token_range", token_range, "start, stop")
     if q.shape != k.shape or q.dtype != k.dtype:
         raise ValueError(
             f"{name}: q {list(q.shape)} {q.dtype} and k {list(k.shape)} {k.dtype} must have one shape and dtype"
@@ -146,6 +154,7 @@ def _check_grid(name: str, q: Tensor, k: Tensor, grid: Grid, token_range: tuple[
         raise ValueError(f"{name}: token_range {token_range} is not within a frame's {grid[1] * grid[2]} tokens")
     if q.shape[1] != grid[0] * (stop - start):
         raise ValueError(f"{name}: {q.shape[1]} tokens are not grid {grid}, {grid[0] * (stop - start)} tokens")
+    return grid, (start, stop)
 
 
 def _share_memory(q: Tensor, k: Tensor) -> bool:
@@ -204,18 +213,12 @@ def _norm_rope(
     check_tensors(name, q=q, k=k, q_weight=q_weight, k_weight=k_weight)
     _check_norm(name, "q", q, q_weight)
     _check_norm(name, "k", k, k_weight)
-    grid = _integers(name, "grid", grid, "f, h, w")
-    if min(grid) < 1:
-        raise ValueError(f"{name}: grid must be (f, h, w), each at least 1, not {grid}")
-    if token_range is not None:
-        token_range = _integers(name, "token_range", token_range, "start, stop")
-    _check_grid(name, q, k, grid, token_range)
+    grid, token_range = _places(name, q, k, grid, token_range)
     if in_place and _share_memory(q, k):
         raise ValueError(f"{name}: q and k share memory")
     backend = _choose(name, backend, q, k, q_weight, k_weight)
     if backend != "ref":
-        tokens = token_range or (0, grid[1] * grid[2])
-        arguments = (q, k, q_weight, k_weight, grid, tokens, frame_offset, theta, eps, backend)
+        arguments = (q, k, q_weight, k_weight, grid, token_range, frame_offset, theta, eps, backend)
         if not in_place:
             return operators.qk_norm_rope3d(*arguments)
         operators.qk_norm_rope3d_(*arguments)
