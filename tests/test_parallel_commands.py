@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from fake_pipeline import decoded, sidecar
 from PIL import Image
+from safetensors import safe_open
 
 from skyreels_fast import cli
 from skyreels_fast._resume import resume_line
@@ -93,6 +94,38 @@ def test_a_process_that_dies_ends_the_run_which_one_process_goes_on_with(tmp_pat
     assert decoded(tmp_path / "out.mp4") == 13
     record = sidecar(tmp_path / "out.mp4")
     assert record["complete"] is True and "parallel" not in record and "--use_usp" not in record["command"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the process to stop in /proc")
+def test_a_process_that_hangs_keeps_no_signal_from_saving_what_is_there(tmp_path: Path) -> None:
+    """The first process waits for it in an exchange, and no Python runs there."""
+    run = torchrun(tmp_path, 2, "--use_usp", "--num_frames", "13", "--inference_steps", "1000")
+    try:
+        for line in run.stderr:
+            if line.startswith("window 1/2"):
+                break
+        time.sleep(2)
+        first, victim = sorted(children(run.pid), key=rank_of)
+        os.kill(victim, signal.SIGSTOP)
+        time.sleep(0.5)
+        run.send_signal(signal.SIGTERM)
+        said = []
+        for line in run.stderr:
+            said.append(line)
+            if "go on with" in line:
+                break
+        os.kill(victim, signal.SIGKILL)
+        run.communicate(timeout=60)
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+    own = [line for line in said if line.startswith("generate_video_df.py: ")]
+    assert own[0] == "generate_video_df.py: stopped by SIGTERM\n"
+    steps = re.search(r"no frame is finished yet; (\d+) of 2000 steps are saved", own[1])
+    assert steps and int(steps[1]) > 0
+    assert "go on with: torchrun --nproc_per_node=2 generate_video_df.py --use_usp --resume out.run" in own[2]
+    with safe_open(tmp_path / "out.run" / "steps.safetensors", "pt") as saved:
+        assert saved.metadata() == {"window": "0", "row": steps[1]}
 
 
 _ELSEWHERE = """

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from conftest import load_golden
 from torch import Tensor
 
 import skyreels_fast as sf
-from skyreels_fast import _progress, cli
+from skyreels_fast import _keeper, _progress, cli
 from skyreels_fast.dit.model import DiT
 from skyreels_fast.run import Run, RunError
 from skyreels_fast.sampling.denoise import State
@@ -259,6 +262,104 @@ def test_the_command_holds_no_latents(models: dict[str, Path], tmp_path: Path, m
     assert len(memory.seen) == 8
     assert max(memory.seen[2:]) - min(memory.seen[2:]) < 16 * 5 * 2 * 2 * 4  # less than one window's latents
     assert json.loads((tmp_path / "out.json").read_text())["frames"] == 73
+
+
+def test_an_error_costs_the_step_in_progress(
+    pipelines: dict[str, sf.Pipeline], tmp_path: Path, block_calls: list[None]
+) -> None:
+    whole = pipelines["df"](REQUEST)
+    with pytest.raises(Stop):
+        pipelines["df"](REQUEST, run=Run(tmp_path / "run"), progress=StopAt(6))
+    block_calls.clear()
+    assert torch.equal(pipelines["df"](REQUEST, run=tmp_path / "run").frames, whole.frames)
+    assert len(block_calls) == 9 - 5
+
+
+def test_a_full_disk_does_not_hide_the_error(
+    pipelines: dict[str, sf.Pipeline], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = Run(tmp_path / "run")
+    monkeypatch.setattr(run, "_save", full)
+    with pytest.raises(Stop):
+        pipelines["df"](REQUEST, run=run, progress=StopAt(2))
+
+
+@pytest.fixture
+def arrived(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """The rows whose states a device that takes its time has made."""
+    rows: set[int] = set()
+    monkeypatch.setattr(
+        _keeper._Copy, "whole", property(lambda copy: copy.state is not None and copy.state.row in rows)
+    )
+    monkeypatch.setattr(_keeper, "_SETTLE_S", 0.2)
+    return rows
+
+
+def states(*rows: int) -> Iterator[State]:
+    for row in rows:
+        yield State(row, torch.full((1, 16, 3, 2, 2), float(row)), (torch.full((1,), -float(row)),))
+
+
+@pytest.mark.parametrize(("made", "saved"), [({1, 2, 3}, 3), ({1, 2}, 2)])
+def test_of_what_is_queued_the_last_that_has_been_made_is_saved(
+    made: set[int], saved: int, arrived: set[int], tmp_path: Path
+) -> None:
+    arrived |= made
+    run = Run(tmp_path / "run")
+    run.begin({})
+    with pytest.raises(KeyboardInterrupt), run.keeper(0, 5, 0) as keep:
+        for state in states(1, 2, 3):
+            keep(state)
+        raise KeyboardInterrupt
+    state = run.state(0)
+    assert state.row == saved and torch.equal(state.latents, torch.full((1, 16, 3, 2, 2), float(saved)))
+    assert torch.equal(state.history[0], torch.tensor([-float(saved)]))
+
+
+def test_what_is_made_in_a_moment_is_waited_for(arrived: set[int], tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    run.begin({})
+    with pytest.raises(KeyboardInterrupt), run.keeper(0, 5, 0) as keep:
+        keep(next(states(2)))
+        threading.Timer(0.05, lambda: arrived.add(2)).start()
+        raise KeyboardInterrupt
+    assert run.state(0).row == 2
+
+
+def test_nothing_is_saved_of_what_has_not_been_made(arrived: set[int], tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    run.begin({})
+    with pytest.raises(KeyboardInterrupt), run.keeper(0, 5, 0) as keep:
+        keep(next(states(1)))
+        raise KeyboardInterrupt
+    assert run.state(0) is None and not run.has_something
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_waited_for_row_by_row(tmp_path: Path) -> None:
+    """Each state comes whole although the next row writes over the history and more rows are queued than are made."""
+    run = Run(tmp_path / "run", every_s=0)
+    run.begin({})
+    latents = torch.randn(1, 16, 31, 90, 160, device="cuda")
+    history = torch.zeros_like(latents)
+    with run.keeper(0, 12, 0) as keep:
+        for row in range(1, 13):
+            torch.cuda._sleep(50_000_000)
+            history += latents
+            keep(State(row, latents * row, (history,)))
+            if row in (5, 9):
+                saved = run.state(0)
+                assert saved.row >= row - 2
+                assert torch.equal(saved.latents.cuda(), latents * saved.row)
+    saved = run.state(0)
+    assert saved.row == 12 and torch.equal(saved.latents.cuda(), latents * 12)
+    expected = torch.zeros_like(latents)
+    for _ in range(12):
+        expected += latents
+    assert torch.equal(history, expected)
 
 
 @pytest.mark.gpu

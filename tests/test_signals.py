@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
+import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,9 +18,10 @@ import pytest
 import torch
 from torch import nn
 
-from skyreels_fast import media
+from skyreels_fast import _watch, media
 from skyreels_fast._meta import without_weights
-from skyreels_fast._signals import Held, Stopped, stop
+from skyreels_fast._signals import Held, Stopped, handle_signals, stop
+from skyreels_fast._watch import Watch
 from skyreels_fast.film import Film
 
 FRAMES = np.arange(0, 240, 20, dtype=np.uint8)[:, None, None, None] * np.ones((1, 16, 16, 3), np.uint8)
@@ -164,3 +169,134 @@ def test_a_film_stopped_anywhere_has_every_frame_it_was_given(tmp_path: Path, ha
             break
     assert begun == sorted(begun)
     assert set(begun) == {4, 8, 12}
+
+
+def wait_for_ever() -> None:
+    """In a call that no signal ends, as when CUDA waits for another process: for a mutex that is taken already."""
+    mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
+    lock(mutex)
+    lock(mutex)
+
+
+def forked(child: Callable[[], None]) -> tuple[int, str]:
+    """(exit code, what it wrote to stdout) of a child that does this and is sent SIGTERM once it has written a line."""
+    said, output = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.dup2(output, 1)
+            _watch.ANSWER_S = 0.5
+            handle_signals(stop)
+            child()
+        finally:
+            os._exit(70)
+    os.close(output)
+    with os.fdopen(said) as pipe:
+        text = pipe.readline()
+        time.sleep(0.1)
+        os.kill(pid, signal.SIGTERM)
+        text += pipe.read()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text
+
+
+def say(text: str) -> None:
+    os.write(1, f"{text}\n".encode())
+
+
+def test_a_signal_is_answered_whatever_the_main_thread_waits_for() -> None:
+    def child() -> None:
+        with Watch() as watch:
+            watch.end = lambda number: say(f"stopped by {number}") or 7
+            say("begun")
+            wait_for_ever()
+
+    assert forked(child) == (7, f"begun\nstopped by {signal.SIGTERM}\n")
+
+
+def test_the_watch_too_waits_for_what_must_not_be_left_by_half() -> None:
+    def child() -> None:
+        with contextlib.suppress(Stopped), Watch() as watch:
+            watch.end = lambda number: say("the watch") or 7
+            with Held():
+                say("begun")
+                end = time.monotonic() + 1.5
+                while time.monotonic() < end:
+                    time.sleep(0.1)
+                say("done")
+        os._exit(3)
+
+    assert forked(child) == (3, "begun\ndone\n")
+
+
+def test_a_main_thread_that_answers_ends_by_itself() -> None:
+    def child() -> None:
+        with contextlib.suppress(Stopped), Watch() as watch:
+            watch.end = lambda number: say("stopped by the watch") or 7
+            try:
+                say("begun")
+                time.sleep(20)
+            except Stopped:
+                watch.mine()
+                time.sleep(1)
+                say("in good order")
+                raise
+        os._exit(3)
+
+    assert forked(child) == (3, "begun\nin good order\n")
+
+
+def test_who_answers_too_late_does_nothing_more() -> None:
+    def child() -> None:
+        with Watch() as watch:
+
+            def end(number: int) -> int:
+                time.sleep(1)
+                say("the watch")
+                return 7
+
+            watch.end = end
+            try:
+                say("begun")
+                time.sleep(20)
+            except Stopped:
+                time.sleep(1)
+                watch.mine()
+                say("the main thread")
+
+    assert forked(child) == (7, "begun\nthe watch\n")
+
+
+def test_an_end_that_fails_is_an_end() -> None:
+    def child() -> None:
+        with Watch() as watch:
+            watch.end = lambda number: 1 // 0
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            say("begun")
+            wait_for_ever()
+
+    assert forked(child) == (1, "begun\n")
+
+
+def test_a_watch_leaves_nothing_behind() -> None:
+    before = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    with Watch():
+        pass
+    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_no_other_thread_holds_signals(handled: None) -> None:
+    holds, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with Held():
+            holds.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    holds.wait()
+    with pytest.raises(Stopped):
+        signal.raise_signal(signal.SIGTERM)
+    done.set()
+    thread.join()

@@ -22,8 +22,10 @@ from ._values import UsageError
 from ._words import counted
 
 if TYPE_CHECKING:
+    from ._progress import ConsoleProgress
+    from ._watch import Watch
     from .film import Film
-    from .pipeline import Pipeline
+    from .pipeline import Pipeline, Result
     from .plan import Plan
     from .run import Run
 
@@ -65,35 +67,61 @@ def begin(job: Job, begun: dict[str, Any]) -> None:
     job.record.begin(job.film.frames)
 
 
-def render(job: Job) -> int:
-    from ._progress import ConsoleProgress
-
-    start = time.monotonic()
-    result = progress = None
-    code = 0
+def render(job: Job, watch: Watch) -> int:
+    """Render it all and say what there is to say; the exit code."""
+    rendering = _Rendering(job)
+    watch.end = rendering.stopped
+    failed: BaseException | None = None
     try:
-        if job.pipe.machine.world is not None:
-            job.pipe.machine.world.agree(job.run.finished)
-        if not job.run.finished:
-            progress = ConsoleProgress(sum(job.plan.calls[job.run.windows :]) - job.run.rows_saved)
-            result = job.pipe(job.plan, stream=True, progress=progress, run=job.run, keep_latents=False)
-            for chunk in result.frames:
-                job.film.write(chunk)
+        rendering.go()
     except (Exception, KeyboardInterrupt) as error:
-        if progress is not None:
-            progress.close()
-        code = _explain(job, progress.current if progress else None, error)
-    if progress is not None:
-        progress.close()
-    timings = dict(result.timings if result else {}) | {"total": time.monotonic() - start}
-    handle_signals(signal.SIG_IGN)
-    try:
-        code = _finish(job, code, timings)
-    finally:
-        job.run.release()
+        failed = error
+    watch.mine()
+    code = rendering.end(failed)
     if code == 0 and job.pipe.machine.world is not None:
         job.pipe.machine.world.close()
     return code
+
+
+class _Rendering:
+    def __init__(self, job: Job) -> None:
+        self._job, self._start = job, time.monotonic()
+        self._result: Result | None = None
+        self._progress: ConsoleProgress | None = None
+
+    def go(self) -> None:
+        from ._progress import ConsoleProgress
+
+        job = self._job
+        if job.pipe.machine.world is not None:
+            job.pipe.machine.world.agree(job.run.finished)
+        if not job.run.finished:
+            self._progress = ConsoleProgress(sum(job.plan.calls[job.run.windows :]) - job.run.rows_saved)
+            self._result = job.pipe(job.plan, stream=True, progress=self._progress, run=job.run, keep_latents=False)
+            for chunk in self._result.frames:
+                job.film.write(chunk)
+
+    def stopped(self, number: int) -> int:
+        """Save what there is, and `end`, after a signal that the main thread does not answer."""
+        try:
+            self._job.run.save_last()
+        except OSError as error:
+            return self.end(error)
+        return self.end(Stopped(number))
+
+    def end(self, error: BaseException | None) -> int:
+        """Say what has become of it; the exit code."""
+        stage = None
+        if self._progress is not None:
+            stage = self._progress.current
+            self._progress.close()
+        code = 0 if error is None else _explain(self._job, stage, error)
+        timings = dict(self._result.timings if self._result else {}) | {"total": time.monotonic() - self._start}
+        handle_signals(signal.SIG_IGN)
+        try:
+            return _finish(self._job, code, timings)
+        finally:
+            self._job.run.release()
 
 
 def _finish(job: Job, code: int, timings: dict[str, float]) -> int:

@@ -1,8 +1,9 @@
-"""When a window's states are saved: its end, others now and then, and the last one when a signal stops the run."""
+"""When a window's states are saved: its end, others now and then, and the last one whatever ends the run."""
 
 from __future__ import annotations
 
-import contextlib
+import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -11,9 +12,14 @@ from torch import Tensor
 
 from .sampling.denoise import State
 
+_SETTLE_S = 1.0
+
 
 class Keeper:
-    """Takes the states of one window from `denoise`, in a context; if a signal ends it, the last one is saved then.
+    """Takes the states of one window from `denoise`, in a context; if it ends by an error, the last one is saved then.
+
+    States are copied to the host as the device makes them, so that saving one asks nothing of the device: after an
+    error it may not answer, or wait for a process that is gone. The host gets no further ahead of it than one row.
 
     rows: of the window's schedule. first: the one it goes on from, saved already.
     save: called with a state and the states that the noise generators had with it. every_s: how often, by `clock`.
@@ -30,7 +36,8 @@ class Keeper:
     ) -> None:
         self._rows, self._saved, self._generators, self._save = rows, first, generators, save
         self._every_s, self._clock, self._saved_at = every_s, clock, clock()
-        self._last: tuple[State, list[Tensor], torch.cuda.Event | None] | None = None
+        self._older, self._newer = _Copy(rows), _Copy(rows)
+        self._saving = threading.Lock()
 
     def __enter__(self) -> Keeper:
         return self
@@ -38,36 +45,89 @@ class Keeper:
     def __call__(self, state: State) -> None:
         if state.row <= self._saved:
             return
-        # The next row writes over the solver's history, and a signal may come in the midst of that.
-        state = state._replace(history=tuple(tensor.clone() for tensor in state.history))
-        self._last = state, [generator.get_state() for generator in self._generators], _mark(state.latents)
-        if state.row == self._rows or self._clock() - self._saved_at >= self._every_s:
-            self._save_last()
+        self._newer.wait()  # one that is whole stays while the next one comes
+        self._older.take(state, [generator.get_state() for generator in self._generators])
+        self._older, self._newer = self._newer, self._older
+        if state.row == self._rows:
+            self._newer.wait()
+            self._save_newest()
+        elif self._clock() - self._saved_at >= self._every_s:
+            self._save_newest()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._last is not None and kind is not None and issubclass(kind, KeyboardInterrupt):
-            self._save_last()
-        self._last = None
+        if kind is None:
+            return
+        try:
+            self.save_last()
+        except OSError:
+            if issubclass(kind, KeyboardInterrupt):
+                raise  # an error has its own cause to tell
 
-    def _save_last(self) -> None:
-        state, generators, made = self._last
-        with _once(made, state.latents.device):
-            self._save(state, generators)
-        self._saved, self._saved_at, self._last = state.row, self._clock(), None
+    def save_last(self) -> None:
+        """Save the last state that the device has made, or makes in a moment. Another thread may call it."""
+        end = time.monotonic() + _SETTLE_S
+        while not self._newer.whole and time.monotonic() < end:
+            time.sleep(0.01)
+        self._save_newest()
+
+    def _save_newest(self) -> None:
+        with self._saving:
+            newest = self._newer if self._newer.whole else self._older
+            if newest.whole and newest.state.row > self._saved:
+                self._save(newest.state, newest.generators)
+                self._saved, self._saved_at = newest.state.row, self._clock()
 
 
-def _mark(tensor: Tensor) -> torch.cuda.Event | None:
-    """What the device reaches as soon as the tensor is made."""
-    return torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
+class _Copy:
+    """A state on the host, to which it comes from a GPU behind nothing that is queued after it was made.
 
+    Whether it is whole the GPU writes to memory: a call would wait where another thread waits to queue work.
+    """
 
-def _once(made: torch.cuda.Event | None, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Reads of what `made` stands for that wait for no later work: a process that is gone may never let it end."""
-    if made is None:
-        return contextlib.nullcontext()
-    stream = _stream(device)
-    stream.wait_event(made)
-    return torch.cuda.stream(stream)
+    def __init__(self, rows: int) -> None:
+        self.state: State | None = None
+        self.generators: list[Tensor] = []
+        self._rows = rows
+        self._numbers: Tensor | None = None
+        self._arrived = torch.full((1,), -1)
+        self._buffers: list[Tensor] = []
+        self._done: torch.cuda.Event | None = None
+        self._source: list[Tensor] = []
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of it has come."""
+        return self.state is not None and (self._done is None or self._arrived.item() == self.state.row)
+
+    def wait(self) -> None:
+        """Until all of it has come, if there is anything to come."""
+        if self._done is not None:
+            self._done.synchronize()
+            self._source = []
+
+    def take(self, state: State, generators: list[Tensor]) -> None:
+        """Begin to copy another state here. Its tensors may be written to by work queued after this."""
+        self.state, self.generators = None, generators
+        # The solver writes over its history in the next row, and a signal may come in the midst of that.
+        source = [state.latents.contiguous(), *(tensor.clone() for tensor in state.history)]
+        there = self._sent(source, state.row) if state.latents.is_cuda else source
+        self.state = State(state.row, there[0], tuple(there[1:]))
+
+    def _sent(self, source: list[Tensor], row: int) -> list[Tensor]:
+        device = source[0].device
+        if self._done is None:
+            self._numbers = torch.arange(self._rows + 1, device=device)
+            self._arrived, self._done = self._arrived.pin_memory(), torch.cuda.Event()
+            self._buffers = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in source]
+        stream = _stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for buffer, tensor in zip(self._buffers, source, strict=True):
+                buffer.copy_(tensor, non_blocking=True)
+            self._arrived.copy_(self._numbers[row : row + 1], non_blocking=True)
+            self._done.record()
+        self._source = source  # kept until it has been read
+        return self._buffers
 
 
 @lru_cache

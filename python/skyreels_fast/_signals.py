@@ -8,6 +8,7 @@ from contextlib import ContextDecorator
 from typing import Any
 
 _QUIET = (signal.SIGTERM, signal.SIGHUP)
+STOPPING = (signal.SIGINT, *_QUIET)
 
 
 class Stopped(KeyboardInterrupt):
@@ -17,16 +18,19 @@ class Stopped(KeyboardInterrupt):
 class Held(ContextDecorator):
     """A context that the first signal waits for, to be raised at its end; a second Ctrl-C is raised at once.
 
-    Contexts may lie in each other. It holds those signals that `stop` handles.
+    Contexts may lie in each other. It holds those signals that `stop` handles, and in the main thread alone: no other
+    is ever raised in.
     """
 
     depth = 0
     came: int | None = None
 
     def __enter__(self) -> None:
-        Held.depth += 1
+        Held.depth += is_main_thread()
 
     def __exit__(self, *_: object) -> None:
+        if not is_main_thread():
+            return
         Held.depth -= 1
         if Held.came is not None and not Held.depth:
             stop(Held.came, None)
@@ -35,7 +39,7 @@ class Held(ContextDecorator):
 def stop(number: int, _frame: object) -> None:
     """Raise Stopped, or have the context that is held raise it."""
     handle_signals(signal.SIG_IGN)  # the second shall not disturb the first's cleaning up
-    if _main() and signal.getsignal(signal.SIGINT) is stop:
+    if is_main_thread() and signal.getsignal(signal.SIGINT) is stop:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if Held.depth:
         Held.came = number
@@ -46,11 +50,11 @@ def stop(number: int, _frame: object) -> None:
 
 def handle_signals(handler: Any, *more: int) -> dict[int, Any]:
     """Set the handler of SIGTERM, SIGHUP and `more` unless they are ignored, as under nohup; those that were."""
-    if not _main():
+    if not is_main_thread():
         return {}
     numbers = [number for number in (*_QUIET, *more) if signal.getsignal(number) not in (signal.SIG_IGN, None)]
     return {number: signal.signal(number, handler) for number in numbers}
 
 
-def _main() -> bool:
+def is_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()

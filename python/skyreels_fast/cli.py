@@ -23,6 +23,7 @@ from ._resume import begun_with, check_no_run, resumed, run_directory
 from ._sidecar import Record, describe_run, repeated_flags
 from ._signals import handle_signals, stop
 from ._values import UsageError, device_name, own_device
+from ._watch import Watch
 from .request import Request
 
 if TYPE_CHECKING:
@@ -46,10 +47,11 @@ def _run(mode: str, argv: list[str] | None) -> int:
     program = called if called in names else names[0]
     old = handle_signals(stop, signal.SIGINT)
     try:
-        job = _prepare(program, mode, sys.argv[1:] if argv is None else argv)
-        if isinstance(job, int):
-            return job
-        return render(job) if isinstance(job, Job) else follow(job)
+        with Watch() as watch:
+            job = _prepare(program, mode, sys.argv[1:] if argv is None else argv)
+            if isinstance(job, int):
+                return job
+            return render(job, watch) if isinstance(job, Job) else follow(job)
     except KeyboardInterrupt as error:
         return interrupted(program, error)
     except RuntimeError as error:

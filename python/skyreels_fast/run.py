@@ -76,6 +76,7 @@ class Run:
         self._manifest: dict[str, Any] | None = None
         self._generators: tuple[torch.Generator, ...] = ()
         self._lock: IO[str] | None = None
+        self._keeper: Keeper | None = None
 
     def begin(self, identity: Mapping[str, Any], anew: bool = False, **more: Any) -> None:
         """Take up the directory's run, or make it and begin one; `more` is kept in run.json.
@@ -151,12 +152,23 @@ class Run:
         steps = self.directory / _STEPS
         return self._load(steps) if steps.exists() and _read_metadata(steps)["window"] == str(index) else None
 
-    def keeper(self, index: int, rows: int, first: int) -> contextlib.AbstractContextManager[Keeper | None]:
+    @contextlib.contextmanager
+    def keeper(self, index: int, rows: int, first: int) -> Iterator[Keeper | None]:
         """A context that gives what window `index`, of so many rows, shall hand its states to after row `first`."""
         if self.directory is None:
-            return contextlib.nullcontext()
+            yield None
+            return
         save_state = partial(self._save, index, rows)
-        return Keeper(rows, first, self._generators, save_state, self._every_s, self._clock)
+        try:
+            with Keeper(rows, first, self._generators, save_state, self._every_s, self._clock) as self._keeper:
+                yield self._keeper
+        finally:
+            self._keeper = None
+
+    def save_last(self) -> None:
+        """Save what there is of the window in progress; another thread may call it. Raises OSError."""
+        if keeper := self._keeper:
+            keeper.save_last()
 
     @Held()
     def put_out(self, index: int, history: History) -> None:
