@@ -339,8 +339,8 @@ def test_nothing_is_saved_of_what_has_not_been_made(arrived: set[int], tmp_path:
 
 
 @pytest.mark.gpu
-def test_a_gpu_is_waited_for_row_by_row(tmp_path: Path) -> None:
-    """Each state comes whole although the next row writes over the history and more rows are queued than are made."""
+def test_states_come_whole_from_a_gpu_that_is_behind(tmp_path: Path) -> None:
+    """Although the next row writes over the solver's history, and is queued before this one is made."""
     run = Run(tmp_path / "run", every_s=0)
     run.begin({})
     latents = torch.randn(1, 16, 31, 90, 160, device="cuda")
@@ -348,18 +348,15 @@ def test_a_gpu_is_waited_for_row_by_row(tmp_path: Path) -> None:
     with run.keeper(0, 12, 0) as keep:
         for row in range(1, 13):
             torch.cuda._sleep(50_000_000)
-            history += latents
+            history.copy_(latents + row)
             keep(State(row, latents * row, (history,)))
             if row in (5, 9):
                 saved = run.state(0)
-                assert saved.row >= row - 2
+                assert saved.row >= row - 1
                 assert torch.equal(saved.latents.cuda(), latents * saved.row)
+                assert torch.equal(saved.history[0].cuda(), latents + saved.row)
     saved = run.state(0)
     assert saved.row == 12 and torch.equal(saved.latents.cuda(), latents * 12)
-    expected = torch.zeros_like(latents)
-    for _ in range(12):
-        expected += latents
-    assert torch.equal(history, expected)
 
 
 @pytest.mark.gpu
