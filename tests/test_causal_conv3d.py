@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from skyreels_fast import ops
 from skyreels_fast.ops import _dispatch
-from skyreels_fast.ops.causal_conv3d import causal_conv3d_cost, causal_conv3d_ref
+from skyreels_fast.ops.causal_conv3d import DEFAULT, causal_conv3d_cost, causal_conv3d_ref
 
 on_each_kernel = pytest.mark.parametrize(
     ("device", "backend"), [case for case in machine_kernels() if case.values[1] == "triton"]
@@ -25,6 +25,7 @@ CASES = [
     ((1, 3, 3, 64), (192, 3, 3, 3), 1, True),
     ((1, 6, 5, 48), (9, 1, 3, 3), 1, False),
     ((1, 1, 1, 16), (1, 3, 3, 3), 3, True),
+    ((1, 4, 3, 16), (16, 1, 31, 1), 1, False),  # the most taps in a frame that the kernel takes
     ((1, 2, 3, 16), (384, 1, 1, 1), 1, True),  # more channels than a program's, and a norm of them all
     ((1, 9, 17, 32), (200, 2, 3, 3), 2, True),  # several blocks of pixels, the last one in part; channels too
 ]
@@ -86,6 +87,26 @@ def test_bias_may_be_left_out_and_gradients_flow(backend: str) -> None:
     assert torch.autograd.gradcheck(of, [t.requires_grad_() for t in (frames[0], weight, residual)])
 
 
+@pytest.mark.parametrize("backend", EVERYWHERE)
+def test_autocast_changes_nothing(backend: str) -> None:
+    args = inputs((1, 3, 4, 16), (8, 3, 3, 3), 2, True, torch.float32)
+    args[1].requires_grad_()  # as in training
+
+    def function(first: Tensor, newest: Tensor) -> Tensor:
+        return ops.causal_conv3d([first, newest], *args[1:], backend=backend)
+
+    for call in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            actual = call(*args[0])
+        assert actual.dtype == torch.float32 and rel_l2(actual, convolved(*args)) < 1e-6
+
+
+@pytest.mark.parametrize("backend", EVERYWHERE)
+def test_a_device_without_autocast(backend: str) -> None:
+    args = inputs((1, 3, 4, 16), (8, 3, 3, 3), 2, False, torch.float32, "meta")
+    assert ops.causal_conv3d(*args, backend=backend).shape == (1, 3, 4, 8)
+
+
 def test_cost() -> None:
     moved, flops = causal_conv3d_cost((1, 2, 3, 4), (5, 4, 3, 3, 3), residual=True)
     assert flops == 2 * 6 * 5 * 4 * 27
@@ -141,6 +162,40 @@ def test_layouts_are_free(device, backend):
 
 
 @on_each_kernel
+@pytest.mark.parametrize("chosen", ["triton", "conv2d", "conv3d"])
+def test_vectors_of_any_stride(device, backend, chosen):
+    frames, weight, bias, residual, gamma = inputs((1, 3, 4, 16), (20, 1, 3, 3), 1, True, torch.float32, device)
+
+    def spread(vector: Tensor) -> Tensor:
+        return torch.stack([vector, torch.full_like(vector, torch.nan)], dim=1)[:, 0]
+
+    for vectors in ((spread(bias), spread(gamma)), (bias[:1].expand(20), gamma[:1].expand(20))):
+        args = frames, weight, vectors[0], residual, vectors[1]
+        assert rel_l2(ops.causal_conv3d(*args, backend=chosen), convolved(*args)) < 1e-3
+
+
+@on_each_kernel
+@pytest.mark.parametrize("offsets", [(0, 16, 8), (8, 8, 8), (1, 2, 3)], ids=str)
+def test_frames_at_any_address(offsets, device, backend):
+    frames, *others = inputs((1, 3, 4, 16), (16, 3, 3, 3), 3, True, torch.float32, device)
+
+    def moved(frame: Tensor, offset: int) -> Tensor:
+        return torch.cat([frame.new_full((offset,), torch.nan), frame.flatten()])[offset:].view_as(frame)
+
+    args = [*map(moved, frames, offsets)], *others
+    assert rel_l2(ops.causal_conv3d(*args, backend=backend), convolved(*args)) < 1e-6
+
+
+@on_each_kernel
+def test_kernels_under_autocast(device, backend):
+    args = inputs(*CASES[0], torch.float32, device)
+    for chosen in (backend, "conv2d"):
+        expected = ops.causal_conv3d(*args, backend=chosen)
+        with torch.autocast(device, dtype=torch.bfloat16):
+            assert torch.equal(ops.causal_conv3d(*args, backend=chosen), expected)
+
+
+@on_each_kernel
 def test_registered_and_compiled(device, backend):
     frames, weight, bias, residual, gamma = inputs((1, 3, 4, 16), (16, 3, 3, 3), 2, True, torch.float32, device)
     operator = torch.ops.skyreels_fast.causal_conv3d.default
@@ -155,15 +210,19 @@ def test_registered_and_compiled(device, backend):
 
 
 @on_each_kernel
-def test_what_the_kernel_does_not_take_is_named_and_left_to_torch(device, backend):
+def test_what_the_kernel_does_not_take_is_named_and_left_to_torch(device, backend, monkeypatch):
+    monkeypatch.setitem(DEFAULT, device, backend)
     for args in (
-        inputs((1, 3, 4, 9), (16, 3, 3, 3), 2, False, torch.float32, device),
-        inputs((1, 3, 4, 16), (16, 4, 3, 3), 2, False, torch.float32, device),
+        inputs((1, 3, 4, 9), (16, 3, 3, 3), 2, False, torch.float16, device),
+        inputs((1, 3, 4, 16), (16, 4, 3, 3), 2, False, torch.float16, device),
+        inputs((1, 3, 4, 16), (16, 1, 5, 7), 1, False, torch.float16, device),
+        inputs((1, 3, 4, 16), (16, 3, 3, 11), 2, False, torch.float16, device),
         inputs((1, 3, 4, 16), (16, 3, 3, 3), 2, False, torch.float64, device),
     ):
-        with pytest.raises(ValueError, match=r"takes float32, .* C in multiples of 16 and KT up to 3, not .*'conv2d'"):
+        message = r"takes float32, .* C in multiples of 16, KT up to 3 and KH \* KW up to 32, not .*; use 'conv2d'$"
+        with pytest.raises(ValueError, match=message):
             ops.causal_conv3d(*args, backend=backend)
-        assert rel_l2(ops.causal_conv3d(*args).cpu(), convolved(*args).cpu()) < 1e-3
+        assert rel_l2(ops.causal_conv3d(*args), convolved(*args)) < 1e-3
 
 
 @pytest.mark.gpu

@@ -16,7 +16,7 @@ import pytest
 from fake_pipeline import COMMANDS, CPU, FAKE, decoded, sidecar
 
 import skyreels_fast
-from skyreels_fast import _flags, _sidecar, cli
+from skyreels_fast import _flags, _job, _sidecar, cli
 
 
 @pytest.mark.parametrize("program", COMMANDS)
@@ -280,6 +280,20 @@ def test_a_signal_leaves_a_playable_file(tmp_path, number, code, word):
         f"generate_video_df.py: {word}",
         f"generate_video_df.py: {record['frames']} of 1600 frames can be played in out.mp4",
     ]
+
+
+def test_a_signal_that_follows_an_error_leaves_the_end_alone(fake, capfd, monkeypatch):
+    """As torchrun sends one when another process is gone."""
+    fake.error_at_chunk, explain = (1, RuntimeError("boom")), _job._explain
+
+    def explain_amid_signals(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return explain(*args)
+
+    monkeypatch.setattr(_job, "_explain", explain_amid_signals)
+    assert cli.generate_video([*CPU, "--output", "out.mp4"]) == 1
+    assert "4 of 16 frames can be played in out.mp4" in capfd.readouterr().err
+    assert sidecar(Path("out.mp4"))["frames"] == 4
 
 
 def test_a_killed_run_leaves_no_older_record(tmp_path):

@@ -204,6 +204,46 @@ def test_a_process_that_ends_while_the_first_has_begun_leaves_nothing(tmp_path: 
     assert not list((tmp_path / "here").iterdir())
 
 
+_HANGS_LATE = """
+import os, signal, time
+from skyreels_fast import cli, pipeline
+
+def plan(self, request, plan=pipeline.Pipeline.plan):
+    if os.environ["RANK"] == "1":
+        time.sleep(3)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return plan(self, request)
+
+pipeline.Pipeline.plan = plan
+raise SystemExit(cli.generate_video_df())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the process that hangs in /proc")
+def test_a_signal_while_another_process_hangs_before_it_begins_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "run.py").write_text(_HANGS_LATE)
+    (tmp_path / "here").mkdir()
+    flags = ["--use_usp", "--num_frames", "9", "--output", "here/out.mp4"]
+    run = torchrun(tmp_path, 2, *flags, script=tmp_path / "run.py")
+    try:
+        end = time.monotonic() + 60
+        while not (tmp_path / "here" / "out.run" / "run.json").exists() and time.monotonic() < end:
+            time.sleep(0.1)
+        (victim,) = [pid for pid in children(run.pid) if rank_of(pid) == "1"]
+        while ") T " not in Path(f"/proc/{victim}/stat").read_text() and time.monotonic() < end:
+            time.sleep(0.1)
+        assert (tmp_path / "here" / "out.run").exists()
+        run.send_signal(signal.SIGTERM)
+        said = next(line for line in run.stderr if "stopped by" in line)
+        os.kill(victim, signal.SIGKILL)
+        run.communicate(timeout=60)
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+    assert said == "generate_video_df.py: stopped by SIGTERM\n"
+    assert not list((tmp_path / "here").iterdir())
+
+
 def test_several_hosts_are_in_the_command_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"LOCAL_WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "2", "MASTER_ADDR": "node7"}.items():
         monkeypatch.setenv(name, value)

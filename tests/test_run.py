@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import gc
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from torch import Tensor
 
 import skyreels_fast as sf
 from skyreels_fast import _keeper, _progress, cli
+from skyreels_fast._signals import Stopped, stop
 from skyreels_fast.dit.model import DiT
 from skyreels_fast.run import Run, RunError
 from skyreels_fast.sampling.denoise import State
@@ -326,6 +329,22 @@ def test_what_is_made_in_a_moment_is_waited_for(arrived: set[int], tmp_path: Pat
         keep(next(states(2)))
         threading.Timer(0.05, lambda: arrived.add(2)).start()
         raise KeyboardInterrupt
+    assert run.state(0).row == 2
+
+
+def test_a_signal_that_follows_an_error_waits_for_what_is_saved(arrived: set[int], tmp_path: Path) -> None:
+    """As torchrun sends one when another process is gone, which this one has noticed itself."""
+    run = Run(tmp_path / "run")
+    run.begin({})
+    old = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(Stopped), run.keeper(0, 5, 0) as keep:
+            keep(next(states(2)))
+            threading.Timer(0.03, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+            threading.Timer(0.1, lambda: arrived.add(2)).start()
+            raise RuntimeError("connection closed by peer")
+    finally:
+        signal.signal(signal.SIGTERM, old)
     assert run.state(0).row == 2
 
 

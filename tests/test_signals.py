@@ -205,8 +205,7 @@ def say(text: str) -> None:
 
 def test_a_signal_is_answered_whatever_the_main_thread_waits_for() -> None:
     def child() -> None:
-        with Watch() as watch:
-            watch.end = lambda number: say(f"stopped by {number}") or 7
+        with Watch(lambda number: say(f"stopped by {number}") or 7):
             say("begun")
             wait_for_ever()
 
@@ -215,14 +214,12 @@ def test_a_signal_is_answered_whatever_the_main_thread_waits_for() -> None:
 
 def test_the_watch_too_waits_for_what_must_not_be_left_by_half() -> None:
     def child() -> None:
-        with contextlib.suppress(Stopped), Watch() as watch:
-            watch.end = lambda number: say("the watch") or 7
-            with Held():
-                say("begun")
-                end = time.monotonic() + 1.5
-                while time.monotonic() < end:
-                    time.sleep(0.1)
-                say("done")
+        with contextlib.suppress(Stopped), Watch(lambda number: say("the watch") or 7), Held():
+            say("begun")
+            end = time.monotonic() + 1.5
+            while time.monotonic() < end:
+                time.sleep(0.1)
+            say("done")
         os._exit(3)
 
     assert forked(child) == (3, "begun\ndone\n")
@@ -230,8 +227,7 @@ def test_the_watch_too_waits_for_what_must_not_be_left_by_half() -> None:
 
 def test_a_main_thread_that_answers_ends_by_itself() -> None:
     def child() -> None:
-        with contextlib.suppress(Stopped), Watch() as watch:
-            watch.end = lambda number: say("stopped by the watch") or 7
+        with contextlib.suppress(Stopped), Watch(lambda number: say("stopped by the watch") or 7) as watch:
             try:
                 say("begun")
                 time.sleep(20)
@@ -247,14 +243,12 @@ def test_a_main_thread_that_answers_ends_by_itself() -> None:
 
 def test_who_answers_too_late_does_nothing_more() -> None:
     def child() -> None:
-        with Watch() as watch:
+        def end(number: int) -> int:
+            time.sleep(1)
+            say("the watch")
+            return 7
 
-            def end(number: int) -> int:
-                time.sleep(1)
-                say("the watch")
-                return 7
-
-            watch.end = end
+        with Watch(end) as watch:
             try:
                 say("begun")
                 time.sleep(20)
@@ -268,8 +262,7 @@ def test_who_answers_too_late_does_nothing_more() -> None:
 
 def test_an_end_that_fails_is_an_end() -> None:
     def child() -> None:
-        with Watch() as watch:
-            watch.end = lambda number: 1 // 0
+        with Watch(lambda number: 1 // 0):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             say("begun")
             wait_for_ever()
@@ -277,12 +270,32 @@ def test_an_end_that_fails_is_an_end() -> None:
     assert forked(child) == (1, "begun\n")
 
 
+def left_behind() -> tuple[int, int, int]:
+    """Threads, open files, and where signals are told to."""
+    told = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(told)
+    return threading.active_count(), len(os.listdir("/proc/self/fd")), told
+
+
 def test_a_watch_leaves_nothing_behind() -> None:
-    before = threading.active_count(), len(os.listdir("/proc/self/fd"))
-    with Watch():
+    before = left_behind()
+    with Watch(lambda number: 7):
+        assert left_behind() != before
+    assert left_behind() == before
+
+
+@pytest.mark.parametrize("place", ["_begin", "mine"])
+def test_nor_does_one_that_a_signal_meets_as_it_begins_or_ends(place: str, handled: None, monkeypatch) -> None:
+    method, before = getattr(Watch, place), left_behind()
+
+    def signalled(watch: Watch) -> None:
+        method(watch)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Watch, place, signalled)
+    with pytest.raises(Stopped), Watch(lambda number: 7):
         pass
-    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
-    assert signal.set_wakeup_fd(-1) == -1
+    assert left_behind() == before
 
 
 def test_no_other_thread_holds_signals(handled: None) -> None:

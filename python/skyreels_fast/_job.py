@@ -71,13 +71,11 @@ def render(job: Job, watch: Watch) -> int:
     """Render it all and say what there is to say; the exit code."""
     rendering = _Rendering(job)
     watch.end = rendering.stopped
-    failed: BaseException | None = None
     try:
         rendering.go()
     except (Exception, KeyboardInterrupt) as error:
-        failed = error
-    watch.mine()
-    code = rendering.end(failed)
+        return rendering.end(error, watch)
+    code = rendering.end(None, watch)
     if code == 0 and job.pipe.machine.world is not None:
         job.pipe.machine.world.close()
     return code
@@ -101,23 +99,28 @@ class _Rendering:
             for chunk in self._result.frames:
                 job.film.write(chunk)
 
+    def end(self, error: BaseException | None, watch: Watch) -> int:
+        """Say what has become of it, undisturbed by signals; the exit code."""
+        handle_signals(signal.SIG_IGN)  # torchrun sends one where another process is gone
+        watch.mine()
+        return self._end(error)
+
     def stopped(self, number: int) -> int:
-        """Save what there is, and `end`, after a signal that the main thread does not answer."""
+        """The same of a run that a signal stops whose main thread does not answer it, and save what there is."""
+        error: Exception | KeyboardInterrupt = Stopped(number)
         try:
             self._job.run.save_last()
-        except OSError as error:
-            return self.end(error)
-        return self.end(Stopped(number))
+        except Exception as failed:
+            error = failed
+        return self._end(error)
 
-    def end(self, error: BaseException | None) -> int:
-        """Say what has become of it; the exit code."""
+    def _end(self, error: BaseException | None) -> int:
         stage = None
         if self._progress is not None:
             stage = self._progress.current
             self._progress.close()
         code = 0 if error is None else _explain(self._job, stage, error)
         timings = dict(self._result.timings if self._result else {}) | {"total": time.monotonic() - self._start}
-        handle_signals(signal.SIG_IGN)
         try:
             return _finish(self._job, code, timings)
         finally:
@@ -242,8 +245,9 @@ def alone(program: str) -> int:
     return 1
 
 
-def follow(part: Part) -> int:
-    """Do this process's part of what the first one renders and writes."""
+def follow(part: Part, watch: Watch) -> int:
+    """Do this process's part of what the first one renders and writes, which says what there is to say."""
+    watch.end = lambda number: 128 + number
     try:
         if not part.pipe.machine.world.agree(None):
             for _ in part.pipe(part.plan, stream=True, keep_latents=False).frames:
@@ -257,6 +261,7 @@ def follow(part: Part) -> int:
 
 
 def interrupted(program: str, error: KeyboardInterrupt) -> int:
+    """Say so; the exit code."""
     code = _code_of(error)
     say(program, "interrupted" if code == 128 + signal.SIGINT else f"stopped by {signal.Signals(code - 128).name}")
     return code

@@ -10,6 +10,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ._signals import Held
+from .host_memory import HostMemoryError
 from .sampling.denoise import State
 
 _SETTLE_S = 1.0
@@ -36,46 +38,54 @@ class Keeper:
     ) -> None:
         self._rows, self._saved, self._generators, self._save = rows, first, generators, save
         self._every_s, self._clock, self._saved_at = every_s, clock, clock()
-        self._older, self._newer = _Copy(rows), _Copy(rows)
-        self._saving = threading.Lock()
+        self._copies = (_Copy(rows), _Copy(rows))  # the newer one first; another thread may look at any moment
+        self._saving, self._ended = threading.Lock(), False
 
     def __enter__(self) -> Keeper:
         return self
 
     def __call__(self, state: State) -> None:
-        if state.row <= self._saved:
+        if state.row <= self._saved or self._ended:
             return
-        self._newer.wait()  # one that is whole stays while the next one comes
-        self._older.take(state, [generator.get_state() for generator in self._generators])
-        self._older, self._newer = self._newer, self._older
+        newer, older = self._copies
+        newer.wait()  # one that is whole stays while the next one comes
+        older.take(state, [generator.get_state() for generator in self._generators])
+        self._copies = older, newer
         if state.row == self._rows:
-            self._newer.wait()
+            older.wait()
             self._save_newest()
         elif self._clock() - self._saved_at >= self._every_s:
             self._save_newest()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            return
         try:
-            self.save_last()
-        except OSError:
+            if kind is not None:
+                self.save_last()
+        except Exception:
             if issubclass(kind, KeyboardInterrupt):
                 raise  # an error has its own cause to tell
+        finally:
+            self._copies = ()
 
+    @Held()
     def save_last(self) -> None:
-        """Save the last state that the device has made, or makes in a moment. Another thread may call it."""
-        end = time.monotonic() + _SETTLE_S
-        while not self._newer.whole and time.monotonic() < end:
-            time.sleep(0.01)
-        self._save_newest()
+        """Save the last state that the device has made, or makes in a moment, and take no more.
 
-    def _save_newest(self) -> None:
+        Another thread may call it. A signal waits for it: torchrun sends one soon after another process is gone.
+        """
+        end = time.monotonic() + _SETTLE_S
+        while any(copy.coming for copy in self._copies[:1]) and time.monotonic() < end:
+            time.sleep(0.01)
+        self._save_newest(last=True)
+
+    @Held()
+    def _save_newest(self, last: bool = False) -> None:
         with self._saving:
-            newest = self._newer if self._newer.whole else self._older
-            if newest.whole and newest.state.row > self._saved:
+            newest = next((copy for copy in self._copies if copy.whole), None)
+            if newest is not None and newest.state.row > self._saved and not self._ended:
                 self._save(newest.state, newest.generators)
                 self._saved, self._saved_at = newest.state.row, self._clock()
+            self._ended = last
 
 
 class _Copy:
@@ -99,14 +109,20 @@ class _Copy:
         """Whether all of it has come."""
         return self.state is not None and (self._done is None or self._arrived.item() == self.state.row)
 
+    @property
+    def coming(self) -> bool:
+        """Whether there is something to come."""
+        return self.state is not None and not self.whole
+
     def wait(self) -> None:
-        """Until all of it has come, if there is anything to come."""
+        """Until all of it has come, if there is anything to come. Raises what the device has failed by."""
         if self._done is not None:
-            self._done.synchronize()
+            while not self._done.query():  # in Python, where a signal is heard
+                time.sleep(0.001)
             self._source = []
 
     def take(self, state: State, generators: list[Tensor]) -> None:
-        """Begin to copy another state here. Its tensors may be written to by work queued after this."""
+        """Begin to copy another state here. Its history may be written to by work queued after this."""
         self.state, self.generators = None, generators
         # The solver writes over its history in the next row, and a signal may come in the midst of that.
         source = [state.latents.contiguous(), *(tensor.clone() for tensor in state.history)]
@@ -117,8 +133,8 @@ class _Copy:
         device = source[0].device
         if self._done is None:
             self._numbers = torch.arange(self._rows + 1, device=device)
-            self._arrived, self._done = self._arrived.pin_memory(), torch.cuda.Event()
-            self._buffers = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in source]
+            self._arrived, self._buffers = _pinned(self._arrived), [_pinned(tensor) for tensor in source]
+            self._done = torch.cuda.Event()
         stream = _stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
@@ -128,6 +144,15 @@ class _Copy:
             self._done.record()
         self._source = source  # kept until it has been read
         return self._buffers
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    """Host memory for what the tensor holds, and it too where it is on the host."""
+    try:
+        there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    except RuntimeError as error:
+        raise HostMemoryError(f"{tensor.nbytes / 2**20:.0f} MiB of host memory cannot be pinned") from error
+    return there if tensor.is_cuda else there.copy_(tensor)
 
 
 @lru_cache

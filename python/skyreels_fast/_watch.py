@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable
 
-from ._signals import STOPPING, Held, is_main_thread
+from ._signals import STOPPING, Held, handle_signals, is_main_thread
 
 ANSWER_S = 5.0  # torchrun gives all of its processes thirty
 
@@ -25,49 +25,57 @@ class Watch:
 
     A context of the main thread, in which signals are handled as `handle_signals` does; elsewhere it does nothing.
 
-    Attributes: end, called in a thread of its own with the signal's number, whose result is the exit code; until
-        something else is set, it says nothing. It is not called in the midst of what is `Held`.
+    Attributes: end, called in a thread of its own with the signal's number, whose result is the exit code. It is not
+        called in the midst of what is `Held`.
     """
 
-    def __init__(self) -> None:
-        self.end: Callable[[int], int] = lambda number: 128 + number
-        self._owner: threading.Thread | None = None
-        self._deciding = threading.Lock()
+    def __init__(self, end: Callable[[int], int]) -> None:
+        self.end = end
+        self._owner: dict[str, threading.Thread] = {}  # whose the end is
         self._answered = threading.Event()
         self._thread: threading.Thread | None = None
-        self._signals = self._old = -1
+        self._signals, self._told, self._old = -1, -1, -1
 
     def __enter__(self) -> Watch:
-        if is_main_thread():
-            signals, self._signals = os.pipe()
-            os.set_blocking(self._signals, False)
-            self._old = signal.set_wakeup_fd(self._signals, warn_on_full_buffer=False)
-            self._thread = threading.Thread(target=self._look, args=(signals,), daemon=True)
-            self._thread.start()
+        try:
+            with Held():
+                self._begin()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
+    @Held()
     def __exit__(self, *_: object) -> None:
         self.mine()
         if self._thread is not None:
             signal.set_wakeup_fd(self._old)
-            os.close(self._signals)  # which ends the thread
+            os.close(self._told)  # which ends the thread
             self._thread.join()
+            os.close(self._signals)
+
+    def _begin(self) -> None:
+        if is_main_thread():
+            self._signals, self._told = os.pipe()
+            os.set_blocking(self._told, False)
+            self._thread = threading.Thread(target=self._look, daemon=True)
+            self._thread.start()
+            self._old = signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
 
     def mine(self) -> None:
         """Whatever is to be said and done at the end, the caller does it. Never returns if it came too late."""
         if not self._take():
+            handle_signals(signal.SIG_IGN, signal.SIGINT)  # nothing shall end the process before it is saved
             while True:
                 time.sleep(3600)
         self._answered.set()
 
     def _take(self) -> bool:
-        with self._deciding:
-            self._owner = self._owner or threading.current_thread()
-            return self._owner is threading.current_thread()
+        # Without a lock, which an exception of a signal might leave taken.
+        return self._owner.setdefault("end", threading.current_thread()) is threading.current_thread()
 
-    def _look(self, signals: int) -> None:
-        number = _next(signals)
-        os.close(signals)
+    def _look(self) -> None:
+        number = self._next()
         if number is None or self._is_answered() or not self._take():
             return
         code = 1
@@ -81,17 +89,16 @@ class Watch:
                     stream.flush()
             os._exit(code)
 
+    def _next(self) -> int | None:
+        """The next signal that stops the run; None where the pipe is closed."""
+        while came := os.read(self._signals, 1):
+            if came[0] in STOPPING:
+                return came[0]
+        return None
+
     def _is_answered(self) -> bool:
         """Whether it is within ANSWER_S; again so long where these end in the midst of what is held."""
         while not self._answered.wait(ANSWER_S):
             if not Held.depth:
                 return False
         return True
-
-
-def _next(signals: int) -> int | None:
-    """The next signal that stops the run; None where the pipe is closed."""
-    while came := os.read(signals, 1):
-        if came[0] in STOPPING:
-            return came[0]
-    return None

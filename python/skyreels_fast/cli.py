@@ -14,6 +14,7 @@ import datetime
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from ._flags import PROGRAMS, check_together, parser, request_values, with_flags
 from ._job import Job, Part, alone, begin, follow, interrupted, one_line, render, say
 from ._resume import begun_with, check_no_run, resumed, run_directory
 from ._sidecar import Record, describe_run, repeated_flags
-from ._signals import handle_signals, stop
+from ._signals import Stopped, handle_signals, stop
 from ._values import UsageError, device_name, own_device
 from ._watch import Watch
 from .request import Request
@@ -47,11 +48,11 @@ def _run(mode: str, argv: list[str] | None) -> int:
     program = called if called in names else names[0]
     old = handle_signals(stop, signal.SIGINT)
     try:
-        with Watch() as watch:
-            job = _prepare(program, mode, sys.argv[1:] if argv is None else argv)
+        with Watch(partial(_stopped, program, None)) as watch:
+            job = _prepare(program, mode, sys.argv[1:] if argv is None else argv, watch)
             if isinstance(job, int):
                 return job
-            return render(job, watch) if isinstance(job, Job) else follow(job)
+            return render(job, watch) if isinstance(job, Job) else follow(job, watch)
     except KeyboardInterrupt as error:
         return interrupted(program, error)
     except RuntimeError as error:
@@ -65,7 +66,7 @@ def _run(mode: str, argv: list[str] | None) -> int:
             signal.signal(number, handler)
 
 
-def _prepare(program: str, mode: str, argv: list[str]) -> Part | int:
+def _prepare(program: str, mode: str, argv: list[str], watch: Watch) -> Part | int:
     """All that can be refused, the quick before the slow: flags, request, output, model, plan.
 
     What one of several processes refuses, all do: each may find other files, other memory, another network.
@@ -81,6 +82,7 @@ def _prepare(program: str, mode: str, argv: list[str]) -> Part | int:
         part = _part(program, mode, args, argv)
     except (ValueError, OSError) as error:
         fault = error
+    watch.end = partial(_stopped, program, part)
     with contextlib.ExitStack() as undone:
         undone.callback(_withdraw, part)
         # A RefusedError is what has been settled already.
@@ -89,6 +91,12 @@ def _prepare(program: str, mode: str, argv: list[str]) -> Part | int:
             return _refuse(program, reasons)
         undone.pop_all()
     return part
+
+
+def _stopped(program: str, part: Part | None, number: int) -> int:
+    """What there is to do after a signal before rendering has begun; the exit code."""
+    _withdraw(part)
+    return interrupted(program, Stopped(number))
 
 
 def _withdraw(part: Part | None) -> None:

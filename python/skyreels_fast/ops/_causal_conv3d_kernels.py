@@ -19,6 +19,7 @@ from skyreels_fast.ops.norm_silu import norm_silu
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CHANNEL_MULTIPLE = 16
 MAX_FRAMES = 3
+MAX_TAPS = 32  # in a frame, for each has a bit of an int32
 _ADD_ROWS, _ADD_COLUMNS = 64, 64
 _UNIT = 16  # elements; whole ones tell Triton that wide loads are aligned
 _MOST_SHARED = 163840  # bytes
@@ -142,6 +143,10 @@ def has_room(device: torch.device) -> bool:
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) >= _MOST_SHARED
 
 
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
 def add_in_place(out: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """out + bias + residual, over out [..., O] itself, which is contiguous."""
     columns = out.shape[-1]
@@ -149,7 +154,7 @@ def add_in_place(out: Tensor, bias: Tensor | None, residual: Tensor | None) -> T
     block = min(triton.next_power_of_2(columns), _ADD_COLUMNS)
     with torch.cuda.device_of(out):
         _add_kernel[(triton.cdiv(rows, _ADD_ROWS), triton.cdiv(columns, block))](
-            out, bias, None if residual is None else residual.contiguous(), rows, columns, ROWS=_ADD_ROWS, BLOCK=block
+            out, _contiguous(bias), _contiguous(residual), rows, columns, ROWS=_ADD_ROWS, BLOCK=block
         )
     return out
 
@@ -174,12 +179,11 @@ def blocks_of(out_channels: int, channels: int, pixels: int) -> dict[str, int | 
     }
 
 
-def _distance(frame: Tensor, newest: Tensor) -> int:
-    return (frame.data_ptr() - newest.data_ptr()) // newest.itemsize
-
-
-def _aligned(frame: Tensor, newest: Tensor) -> Tensor:
-    return frame.clone() if _distance(frame, newest) % _UNIT else frame
+def _whole_units_apart(frames: list[Tensor], unit: int) -> list[Tensor]:
+    """The frames; where they do not lie whole `unit`s of bytes apart, those off a multiple of it are copied."""
+    if len({frame.data_ptr() % unit for frame in frames}) == 1:
+        return frames
+    return [frame.clone() if frame.data_ptr() % unit else frame for frame in frames]
 
 
 def launch(
@@ -191,26 +195,26 @@ def launch(
     blocks: dict[str, int | str],
 ) -> Tensor:
     """The convolution with the given block sizes, as `blocks_of` names them."""
-    newest = frames[-1].contiguous()
-    frames = [_aligned(frame.contiguous(), newest) for frame in frames[:-1]]
+    unit = _UNIT * frames[-1].itemsize
+    *older, newest = _whole_units_apart([frame.contiguous() for frame in frames], unit)
     batch, height, width, channels = newest.shape
     out_channels, _, *taps = weight.shape
     out = torch.empty((batch, height, width, out_channels), dtype=newest.dtype, device=newest.device)
     if out.numel() == 0:
         return out
     matrix = weight.permute(0, 2, 3, 4, 1).contiguous()  # no copy in the order of channels_last_3d
-    distances = [_distance(frame, newest) // _UNIT for frame in reversed(frames)]
+    distances = [(frame.data_ptr() - newest.data_ptr()) // unit for frame in reversed(older)]
     rows = batch * height * width
     tiles = triton.cdiv(out_channels, blocks["HEAD"] + blocks["TAIL"])
-    fused = gamma if tiles == 1 else None
+    fused = tiles == 1
     with torch.cuda.device_of(newest):
         _convolution_kernel[(triton.cdiv(rows, blocks["BLOCK_M"]) * tiles,)](
-            out, newest, matrix, bias, None if residual is None else residual.contiguous(), fused,
-            *(distances + [0, 0])[:2], taps[0] - 1 - len(frames), rows, height, width,
+            out, newest, matrix, _contiguous(bias), _contiguous(residual), _contiguous(gamma) if fused else None,
+            *(distances + [0, 0])[:2], taps[0] - len(frames), rows, height, width,
             KT=taps[0], KH=taps[1], KW=taps[2], CHANNELS=channels, COLUMNS=out_channels, UNIT=_UNIT,
             PRECISION="ieee" if newest.dtype == torch.float32 else "tf32", **blocks,
         )  # fmt: skip
-    return out if fused is gamma else norm_silu(out, gamma, backend="triton")
+    return out if fused or gamma is None else norm_silu(out, gamma, backend="triton")
 
 
 @torch.library.custom_op("skyreels_fast::causal_conv3d", mutates_args=())

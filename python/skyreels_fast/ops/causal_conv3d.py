@@ -5,13 +5,13 @@
 
 frames: the last 1 to KT of them, the oldest first, each [B, H, W, C]; those that are not given are zeros, as are pixels
 outside. weight: [O, C, KT, KH, KW] with odd KH and KW; bias: [O]; residual: [B, H, W, O]. With gamma [O] the result is
-norm_silu(out, gamma). All of one dtype, which the result has. Sums are float32 (float64 where the frames are); on
-"triton" and "ref" they are rounded once.
+norm_silu(out, gamma). All of one dtype, which the result has, under autocast too. Sums are float32 (float64 where the
+frames are); on "triton" and "ref" they are rounded once.
 
     triton   an implicit matrix product [B*H*W, KT*KH*KW*C] x [.., O] that reads each frame where it lies; bias and
              residual are added before the one rounding, and up to O = 192 the norm is taken before it too. C a multiple
-             of 16, KT up to 3. Weights in the memory order of torch.channels_last_3d are read where they lie, others
-             are copied first
+             of 16, KT up to 3, KH * KW up to 32. Weights in the memory order of torch.channels_last_3d are read
+             where they lie, others are copied first
     conv2d   torch's 2D convolution of the frames side by side in the channels: cuDNN's on a GPU
     conv3d   torch's 3D convolution of the stacked frames
     ref      as conv3d, in any math dtype
@@ -21,7 +21,8 @@ Only "ref", "conv2d" and "conv3d" are differentiable.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -47,10 +48,8 @@ def causal_conv3d_ref(
 ) -> Tensor:
     """`causal_conv3d` in plain torch, computed in `math_dtype`."""
     x = torch.stack([frame.to(math_dtype) for frame in frames], dim=1).permute(0, 4, 1, 2, 3)
-    padding = (0, weight.shape[3] // 2, weight.shape[4] // 2)
     bias = None if bias is None else bias.to(math_dtype)
-    out = functional.conv3d(x, weight[:, :, -len(frames) :].to(math_dtype), bias, padding=padding)
-    out = out[:, :, 0].permute(0, 2, 3, 1)
+    out = _convolve(functional.conv3d, x, weight[:, :, -len(frames) :].to(math_dtype), bias)
     out = out if residual is None else out + residual.to(math_dtype)
     if gamma is not None:
         out = norm_silu_ref(out, gamma, math_dtype=math_dtype)
@@ -85,12 +84,22 @@ def _conv3d(frames: Sequence[Tensor], weight: Tensor, bias: Tensor | None, resid
     return _torch_convolution(functional.conv3d, x, weight[:, :, -len(frames) :], bias, residual)
 
 
-def _torch_convolution(convolve, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """A convolution with one output frame, and one pass for what is added to it where a kernel can do that."""
+def _convolve(convolution: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """torch's convolution with one output frame [B, H, W, O], in the tensors' dtype: autocast would take its own."""
     padding = (0,) * (x.dim() - 4) + (weight.shape[-2] // 2, weight.shape[-1] // 2)
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        out = convolution(x, weight, bias, padding=padding)
+    return (out[:, :, 0] if x.dim() == 5 else out).permute(0, 2, 3, 1)
+
+
+def _torch_convolution(
+    convolution: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    """`_convolve`, and one pass for what is added to it where a kernel can do that."""
     fused = x.dtype in kernels.DTYPES and kernels.present(x) and not needs_grad(x, weight, bias, residual)
-    out = convolve(x, weight, None if fused else bias, padding=padding)
-    out = (out[:, :, 0] if x.dim() == 5 else out).permute(0, 2, 3, 1)
+    out = _convolve(convolution, x, weight, None if fused else bias)
     if fused:
         return kernels.add_in_place(out.contiguous(), bias, residual)
     return out if residual is None else out + residual
@@ -124,7 +133,8 @@ def _check(
 def _choose(backend: str | None, x: Tensor, weight: Tensor, *others: Tensor | None) -> str:
     """`backend`, or the default, "conv2d" for what the kernel cannot do. Raises ValueError for one that cannot run."""
     name = "causal_conv3d"
-    fits = x.shape[-1] % kernels.CHANNEL_MULTIPLE == 0 and weight.shape[2] <= kernels.MAX_FRAMES
+    channels, count, taps = x.shape[-1], weight.shape[2], weight.shape[3] * weight.shape[4]
+    fits = channels % kernels.CHANNEL_MULTIPLE == 0 and count <= kernels.MAX_FRAMES and taps <= kernels.MAX_TAPS
     usable = x.dtype in kernels.DTYPES and fits
     if backend is None:
         chosen = DEFAULT.get(x.device.type, "conv2d")
@@ -135,8 +145,8 @@ def _choose(backend: str | None, x: Tensor, weight: Tensor, *others: Tensor | No
     if backend == "triton" and not usable:
         raise ValueError(
             f"{name}: backend 'triton' takes float32, float16 and bfloat16, C in multiples of "
-            f"{kernels.CHANNEL_MULTIPLE} and KT up to {kernels.MAX_FRAMES}, not {x.dtype}, C = {x.shape[-1]} and "
-            f"KT = {weight.shape[2]}; use 'conv2d'"
+            f"{kernels.CHANNEL_MULTIPLE}, KT up to {kernels.MAX_FRAMES} and KH * KW up to {kernels.MAX_TAPS}, "
+            f"not {x.dtype}, C = {channels}, KT = {count} and KH * KW = {taps}; use 'conv2d'"
         )
     return backend
 
