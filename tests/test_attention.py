@@ -262,7 +262,8 @@ def test_log_sum_exp_in_float64(backend: str) -> None:
 
 def test_a_backend_with_a_log_sum_exp_has_no_gradient() -> None:
     q, k, v = (x.requires_grad_() for x in draw(SIZES[0]))
-    assert not any(x.requires_grad for x in attention_with_lse(q, k, v, backend="sdpa"))
+    with pytest.raises(ValueError, match="^attention_with_lse: backend 'sdpa' has no gradient; use 'ref', or torch"):
+        attention_with_lse(q, k, v, backend="sdpa")
     assert all(x.requires_grad for x in attention_with_lse(q, k, v))
 
 

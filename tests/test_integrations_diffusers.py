@@ -378,6 +378,29 @@ def test_a_pipeline_of_two_transformers() -> None:
     accelerate(wan_pipeline(transformer_2=wan(num_layers=1)))
 
 
+@pytest.mark.parametrize("case", ["sky-df", "wan-ti2v"])
+def test_one_timestep_serves_a_batch(case: str) -> None:
+    model, given = CASES[case]()
+    given = given | {name: value for name, value in inputs(batch=2).items() if name != "timestep"}
+    if case == "sky-df":
+        given = given | {"timestep": torch.tensor([801]), "enable_diffusion_forcing": False}
+    assert rel_l2(sample(model, given), sample(accelerate(model), given)) <= 1e-5
+
+
+def test_a_timestep_of_another_batch_is_one_line() -> None:
+    model = accelerate(wan(num_layers=1))
+    with pytest.raises(ValueError, match="timestep must be that of one video or of all 3, not of 2$"):
+        sample(model, inputs(batch=3) | {"timestep": torch.tensor([1, 2])})
+
+
+def test_a_processor_set_later_is_not_passed_by() -> None:
+    model = accelerate(wan(num_layers=1))
+    sample(model, inputs())
+    model.blocks[0].attn1.processor = SimpleNamespace()
+    with pytest.raises(ValueError, match="WanAttention has a SimpleNamespace, which would be passed by: take it out, "):
+        sample(model, inputs())
+
+
 def own_processor() -> nn.Module:
     class Processor:
         pass

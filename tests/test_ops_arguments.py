@@ -51,6 +51,11 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype, copy=True) if isinstance(value, Tensor) else value
 
 
+def copied(args: dict[str, Any]) -> dict[str, Any]:
+    """For ops that write over them."""
+    return {name: cast(value, value.dtype) if isinstance(value, Tensor) else value for name, value in args.items()}
+
+
 def drawn(op: Callable[..., Any], dtype: torch.dtype) -> dict[str, Any]:
     return {name: cast(value, dtype) for name, value in CALLS[op].items()}
 
@@ -102,6 +107,21 @@ def test_other_dtypes_of_results_are_refused(op: Callable[..., Any], label: str,
 def test_floats_are_taken(op: Callable[..., Any]) -> None:
     for dtype in FLOATS:
         op(**drawn(op, dtype))
+
+
+@on_each_op
+def test_autocast_changes_nothing(op: Callable[..., Any]) -> None:
+    """Dtypes are those of the arguments, and as exact."""
+    generator = torch.Generator().manual_seed(0)
+    args = {
+        name: torch.randn(value.shape, generator=generator) if isinstance(value, Tensor) else value
+        for name, value in drawn(op, torch.float32).items()
+    }
+    expected = op(**copied(args))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = op(**copied(args))
+    for one, other in zip(*(outs if isinstance(outs, tuple) else (outs,) for outs in (actual, expected)), strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
 
 
 @on_each_op

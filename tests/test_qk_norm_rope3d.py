@@ -113,6 +113,17 @@ def test_in_place_refuses_q_and_k_in_one_memory(share: Callable[[Tensor], Tensor
     ops.qk_norm_rope3d(q, share(q), q_weight, k_weight, SIZES[0][1])
 
 
+def test_in_place_refuses_what_cannot_be_written_over() -> None:
+    (q, k, *weights), grid = draw(SIZES[0]), SIZES[0][1]
+    with pytest.raises(ValueError, match="^qk_norm_rope3d_: k is expanded, elements of it are one in memory; use qk_"):
+        ops.qk_norm_rope3d_(q, k[:, :, :1].expand_as(q), *weights, grid)
+    weights[0].requires_grad_()
+    with pytest.raises(ValueError, match="^qk_norm_rope3d_: has no gradient; use qk_norm_rope3d, or torch.no_grad"):
+        ops.qk_norm_rope3d_(q, k, *weights, grid)
+    with torch.no_grad():
+        ops.qk_norm_rope3d_(q, k, *weights, grid)
+
+
 def test_in_place_on_views_of_a_fused_projection() -> None:
     q, k, q_weight, k_weight = draw(SIZES[0])
     a, b = torch.stack((q, k), dim=2).unbind(2)
@@ -180,6 +191,22 @@ def test_compiles_whole() -> None:
     assert all(torch.equal(a, b) for a, b in zip(compiled(*args), ops.qk_norm_rope3d(*args), strict=True))
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_compiled_for_many_grids(grad: bool) -> None:
+    compiled = torch.compile(ops.qk_norm_rope3d, fullgraph=True, backend="aot_eager", dynamic=True)
+    for frames, start in ((2, 0), (3, 7), (5, 1)):
+        size = (1, (frames, 2, 3), 2, 8)
+        (q, *others), places = draw(size), {"frame_offset": start, "token_range": (1, 5)}
+        kept = [x.unflatten(1, size[1][:1] + (6,))[:, :, 1:5].flatten(1, 2) for x in (q, others[0])]
+        kept[0].requires_grad_(grad)
+        outs = compiled(*kept, *others[1:], size[1], **places)
+        expected = ops.qk_norm_rope3d(*kept, *others[1:], size[1], **places)
+        assert all(map(torch.allclose, outs, expected))
+        if grad:
+            grads = [torch.autograd.grad(both[0].square().sum(), kept[0])[0] for both in (outs, expected)]
+            assert torch.allclose(*grads)
+
+
 def test_errors_name_the_values() -> None:
     q, weight = torch.zeros(1, 12, 2, 8), torch.zeros(16)
     with pytest.raises(ValueError, match=r"backend 'nope'.*ref"):
@@ -196,6 +223,12 @@ def test_errors_name_the_values() -> None:
     for tokens in ((0,), (0, 1.0), (0, 2, 4), 4):
         with pytest.raises(ValueError, match=r"token_range must be \(start, stop\), 2 integers, not "):
             ops.qk_norm_rope3d(q, q, weight, weight, (3, 2, 2), token_range=tokens)
+    for offset in (1.5, None):
+        with pytest.raises(ValueError, match="frame_offset must be an integer, not "):
+            ops.qk_norm_rope3d(q, q, weight, weight, (3, 2, 2), frame_offset=offset)
+    for theta in (None, 0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="theta must be a positive number, not "):
+            ops.qk_norm_rope3d(q, q, weight, weight, (3, 2, 2), theta=theta)
     lists = ops.qk_norm_rope3d(q, q, weight, weight, [3, 2, 2], token_range=[0, 4])
     assert all(map(torch.equal, lists, ops.qk_norm_rope3d(q, q, weight, weight, (3, 2, 2))))
     with pytest.raises(ValueError, match=r"token_range \(2, 7\) is not within a frame's 4 tokens"):

@@ -198,6 +198,24 @@ def test_usable_without_triton():
     code = (
         "import sys; sys.modules['triton'] = None; import torch; from skyreels_fast.ops import residual_reuse as r;"
         "assert r.residual_add(torch.ones(2), torch.ones(2)).tolist() == [2, 2];"
-        "assert 'triton' not in r.choose.__globals__['available']('cuda')"
+        "assert 'triton' not in r.choose_kernel.__globals__['available']('cuda')"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_gradients_come_from_the_formula():
+    both = [x.requires_grad_() for x in pair((3, 5), torch.float64)]
+    for op in (residual_add, residual_save):
+        assert torch.autograd.gradcheck(op, both)
+
+
+@on_each_kernel
+def test_kernels_refuse_gradients_and_leave_them_to_the_formula_by_default(device, backend):
+    a, b = (x.to(device).requires_grad_() for x in pair((3, 5), torch.float32))
+    for op in (residual_add, residual_save, relative_l1):
+        with pytest.raises(ValueError, match="has no gradient; use 'ref', or torch.no_grad"):
+            op(a, b, backend=backend)
+        assert op(a, b).requires_grad
+        assert op(a.double(), b.double()).requires_grad
+        with torch.no_grad():
+            op(a, b, backend=backend)

@@ -181,6 +181,16 @@ def test_a_long_window_is_saved_now_and_then(pipelines: dict[str, sf.Pipeline], 
     assert torch.equal(pipelines["df"](ONE_WINDOW).frames, whole.frames)
 
 
+def test_a_run_of_no_seed_goes_on_with_the_one_it_drew(
+    pipelines: dict[str, sf.Pipeline], tmp_path: Path, block_calls: list[None]
+) -> None:
+    request = replace(ONE_WINDOW, seed=None)
+    first, again = (pipelines["df"](request, run=tmp_path / "run") for _ in range(2))
+    assert torch.equal(first.frames, again.frames)
+    assert len(block_calls) == 8
+    assert not torch.equal(pipelines["df"](request, run=tmp_path / "other").frames, first.frames)
+
+
 CHANGES = {
     "seed": ({"seed": 6}, "seed=6: the run in .* was begun with 5; give the same"),
     "context": ({"context": TEXT["cond"] + 1}, "context: differs from what the run"),

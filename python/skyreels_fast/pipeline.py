@@ -160,7 +160,8 @@ class Pipeline:
         Args:
             stream: give `Result.frames` as an iterator of uint8 chunks [n, H, W, 3]; all work happens as it is read.
             run: a folder to which everything is saved as it is done, and of which nothing that is there is done again:
-                call with the same request and folder after a crash, and the same frames come out. Yours to delete.
+                call with the same request and folder after a crash, and the same frames come out, of the seed that was
+                drawn where the request has none. Yours to delete.
                 Of several processes the first one keeps it.
             keep_latents: whether `Result.latents` holds every window's; without it host memory is the same for any
                 length, as long as the stream's chunks are let go.
@@ -168,8 +169,10 @@ class Pipeline:
         Raises:
             ValueError: a bad setting, or a run of another request, before any weight is loaded.
         """
-        plan = request if isinstance(request, Plan) else self.plan(request)
         saved = run if isinstance(run, Run) else Run(run if self.machine.leads else None)
+        if isinstance(request, Request) and request.seed is None:
+            request = replace(request, seed=saved.seed)
+        plan = request if isinstance(request, Plan) else self.plan(request)
         if saved.directory is not None:
             saved.begin(self.identity(plan))
         result = Result(plan)

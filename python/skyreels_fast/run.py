@@ -99,6 +99,13 @@ class Run:
             raise
 
     @property
+    def seed(self) -> int | None:
+        """That of the run in the directory; None where there is none. Raises RunError."""
+        if self.directory is None or not (self.directory / _MANIFEST).exists():
+            return None
+        return read_manifest(self.directory)["identity"].get("seed")
+
+    @property
     def kept(self) -> dict[str, Any]:
         """What run.json holds."""
         return self._manifest

@@ -53,15 +53,28 @@ class LinearGelu(Replacement):
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         linear = self.module.proj
-        if _is_plain(linear) and hidden_states.dtype == linear.weight.dtype:
+        cast = torch.is_autocast_enabled(hidden_states.device.type)  # then in autocast's dtype, as diffusers does
+        if _is_plain(linear) and hidden_states.dtype == linear.weight.dtype and not cast:
             return linear_gelu(hidden_states, linear.weight, linear.bias)
         return self.module.gelu(linear(hidden_states))
+
+
+def check_processor(attn: nn.Module, name: str) -> None:
+    """Raises ValueError for an attention `name` whose processor is not the model's own: it would be passed by."""
+    processor = type(attn.processor)
+    if processor is not type(attn)._default_processor_cls:
+        raise ValueError(f"{name} has a {processor.__name__}, which would be passed by: take it out, or restore(model)")
 
 
 class _Attention(Replacement):
     def __init__(self, module: nn.Module, backend: str | None) -> None:
         super().__init__(module)
         self.backend = backend
+
+    def _begin(self) -> nn.Module:
+        """The module, whose processor may have been set since."""
+        check_processor(self.module, type(self.module).__name__)
+        return self.module
 
     def _heads(self, *parts: Tensor) -> list[Tensor]:
         return [part.unflatten(-1, (self.module.heads, -1)) for part in parts]
@@ -85,7 +98,7 @@ class SelfAttention(_Attention):
         attention_mask: int | None = None,
         rotary_emb: Grid | None = None,
     ) -> Tensor:
-        attn, x = self.module, hidden_states
+        attn, x = self._begin(), hidden_states
         q, k, v = self._heads(
             *(attn.to_qkv(x).chunk(3, dim=-1) if self._fused() else (attn.to_q(x), attn.to_k(x), attn.to_v(x)))
         )
@@ -103,7 +116,7 @@ class CrossAttention(_Attention):
         attention_mask: None = None,
         rotary_emb: None = None,
     ) -> Tensor:
-        attn, (text, image) = self.module, encoder_hidden_states
+        attn, (text, image) = self._begin(), encoder_hidden_states
         (q,) = self._heads(attn.to_q(hidden_states))
         q = qk_norm(q, attn.norm_q()[0], eps=attn.norm_q.eps)
         parts = attn.to_kv(text).chunk(2, dim=-1) if self._fused() else (attn.to_k(text), attn.to_v(text))

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from skyreels_fast.integrations._diffusers_block import Context, Grid, replacements
+from skyreels_fast.integrations._diffusers_block import Context, Grid, check_processor, replacements
 from skyreels_fast.integrations._forwards import Replacement, check_replaceable, install, remove
 from skyreels_fast.ops import choose_attention, norm_scale_shift
 
@@ -47,6 +47,9 @@ class _Transformer(Replacement):
         tokens = grid[0] * grid[1] * grid[2]
         if e.shape[1] not in (1, grid[0], tokens):
             raise ValueError(f"timestep must be one a video, a latent frame ({grid[0]}) or a token, not {e.shape[1]}")
+        if e.shape[0] not in (1, latents.shape[0]):
+            raise ValueError(f"timestep must be that of one video or of all {latents.shape[0]}, not of {e.shape[0]}")
+        e, e0 = (rows.expand(latents.shape[0], -1, -1) for rows in (e, e0))
         e0 = e0.unflatten(-1, (6, -1))
         x = model.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()
         checkpointed = torch.is_grad_enabled() and model.gradient_checkpointing
@@ -195,9 +198,7 @@ def _check(model: nn.Module) -> None:
         raise ValueError(f"{name}: its tokens are split over devices by enable_parallelism, which is not supported")
     for index, block in enumerate(model.blocks):
         for label, attn in (("attn1", block.attn1), ("attn2", block.attn2)):
-            processor = type(attn.processor)
-            if processor is not type(attn)._default_processor_cls:
-                raise ValueError(f"{name}: blocks.{index}.{label} has a {processor.__name__}, which would be passed by")
+            check_processor(attn, f"{name}: blocks.{index}.{label}")
 
 
 def _device(model: nn.Module) -> torch.device:

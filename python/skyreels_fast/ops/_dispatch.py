@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -81,9 +82,17 @@ def choose_kernel(
     chosen = choose(op, backend, tensors[0].device.type, offered)
     if backend is None:
         return "ref" if refusal or needs_grad(*tensors) else chosen
-    if chosen != "ref" and refusal:
-        raise ValueError(f"{op}: backend {backend!r} takes {refusal}; use 'ref'")
+    if chosen != "ref":
+        if refusal:
+            raise ValueError(f"{op}: backend {backend!r} takes {refusal}; use 'ref'")
+        check_no_grad(op, backend, *tensors)
     return chosen
+
+
+def check_no_grad(op: str, backend: str, *tensors: Tensor | None, instead: str = "'ref'") -> None:
+    """Raises ValueError where autograd follows the tensors: from kernels they would get no gradient, or a wrong one."""
+    if needs_grad(*tensors):
+        raise ValueError(f"{op}: backend {backend!r} has no gradient; use {instead}, or torch.no_grad()")
 
 
 def check_backend(op: str, backend: str | None, offered: tuple[str, ...]) -> None:
@@ -123,6 +132,14 @@ def math_dtype_of(*values: Tensor | torch.dtype | None) -> torch.dtype:
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd follows an operation on these: kernels have no backward, "ref" has."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """In which torch computes in the dtypes that it is given."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def current_stream(x: Tensor) -> int:

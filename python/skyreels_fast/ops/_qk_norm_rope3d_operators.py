@@ -34,6 +34,33 @@ def pairs_by_axis(head_dim: int) -> tuple[int, int, int]:
     return head_dim // 2 - 2 * across, across, across
 
 
+@lru_cache(maxsize=2)
+def token_table(
+    grid: Grid,
+    token_range: tuple[int, int],
+    frame_offset: int,
+    head_dim: int,
+    theta: float,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [L, Dh / 2] of every token's angles."""
+    parts = pairs_by_axis(head_dim)
+    frames, height, width = grid
+    start, stop = token_range
+    # Kept across calls, so it must not be an inference tensor: autograd could not save it later.
+    with torch.inference_mode(False), torch.no_grad():
+        f, h, w = (
+            axis_angles(length, first, pairs, theta, device)
+            for length, first, pairs in zip(grid, (frame_offset, 0, 0), parts, strict=True)
+        )
+        rows = torch.cat((h[:, None].expand(-1, width, -1), w.expand(height, -1, -1)), dim=-1)
+        rows = rows.flatten(0, 1)[start:stop]
+        angles = torch.cat((f[:, None].expand(-1, stop - start, -1), rows.expand(frames, -1, -1)), dim=-1)
+        angles = angles.flatten(0, 1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
 @lru_cache(maxsize=8)
 def _axis_table(grid: Grid, frame_offset: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
     """(cos, sin) of each frame's pairs, then each row's, then each column's: float32 [..., 2], for the kernels."""
@@ -44,9 +71,9 @@ def _axis_table(grid: Grid, frame_offset: int, head_dim: int, theta: float, devi
     return torch.stack((angles.cos(), angles.sin()), dim=-1).float().to(device)
 
 
-def _is_writable(x: Tensor) -> bool:
-    """Whether a kernel can put its result where x lies: its channels adjoin, and it is not expanded."""
-    return x.stride(3) == 1 and all(stride > 0 for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1)
+def is_expanded(x: Tensor) -> bool:
+    """Whether several of its elements are one in memory, as `Tensor.expand` makes them."""
+    return any(stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1)
 
 
 def _are_apart(q: Tensor, k: Tensor) -> bool:
@@ -154,11 +181,45 @@ def _launch_rope(
     schema=f"(Tensor(a!) q, Tensor(b!) k, {_OPTIONS}) -> ()",
 )
 def qk_norm_rope3d_(q: Tensor, k: Tensor, *options: Any) -> None:
-    if _is_writable(q) and _is_writable(k) and _are_apart(q, k):
+    if q.stride(3) == k.stride(3) == 1 and _are_apart(q, k):  # channels adjoin, and nothing is written twice
         _launch_rope((q, k), q, k, *options)
     else:
         for tensor, out in zip((q, k), qk_norm_rope3d(q, k, *options), strict=True):
             tensor.copy_(out)
+
+
+@torch.library.custom_op(
+    "skyreels_fast::rope_table",
+    mutates_args=(),
+    schema="(SymInt[] grid, SymInt[] token_range, SymInt frame_offset, SymInt head_dim, float theta, Device device, "
+    "ScalarType dtype) -> (Tensor, Tensor)",
+)
+def rope_table(
+    grid: list[int],
+    token_range: list[int],
+    frame_offset: int,
+    head_dim: int,
+    theta: float,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """`token_table`, an operator so that what is compiled around it does not compute the angles for every element."""
+    table = token_table(tuple(grid), tuple(token_range), frame_offset, head_dim, theta, device, dtype)
+    return table[0].clone(), table[1].clone()  # what an operator returns may be written to
+
+
+@rope_table.register_fake
+def _(
+    grid: list[int],
+    token_range: list[int],
+    frame_offset: int,
+    head_dim: int,
+    theta: float,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    tokens = grid[0] * (token_range[1] - token_range[0])
+    return tuple(torch.empty(tokens, head_dim // 2, dtype=dtype, device=device) for _ in range(2))
 
 
 @qk_norm.register_fake

@@ -18,7 +18,14 @@ from torch import Tensor
 
 from skyreels_fast.ops import _attention_backends as backends
 from skyreels_fast.ops._attention_backends import Dense
-from skyreels_fast.ops._dispatch import check_backend, check_tensors, math_dtype_of, needs_grad
+from skyreels_fast.ops._dispatch import (
+    check_backend,
+    check_no_grad,
+    check_tensors,
+    math_dtype_of,
+    needs_grad,
+    without_autocast,
+)
 
 BACKENDS = backends.NAMES
 
@@ -141,9 +148,10 @@ def attention(
     """
     _check(q, k, v, block_tokens)
     chosen = _choose(backend, q, k, v)
-    if chosen == "ref":
-        return attention_ref(q, k, v, block_tokens=block_tokens, math_dtype=math_dtype_of(q))
-    return _by_prefix(backends.dense(chosen), q, k, v, block_tokens)
+    with without_autocast(q):
+        if chosen == "ref":
+            return attention_ref(q, k, v, block_tokens=block_tokens, math_dtype=math_dtype_of(q))
+        return _by_prefix(backends.dense(chosen), q, k, v, block_tokens)
 
 
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -151,15 +159,17 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None =
 
     With it softmaxes over parts of the keys can be put together (`merge_attention`); where there are no keys it is
     -inf, and the result 0. Not differentiable, except on "ref", which is chosen where a gradient is asked for. Raises
-    ValueError as `attention` does.
+    ValueError as `attention` does, and where a gradient is asked for of another backend.
     """
     _check(q, k, v, None)
     chosen = _choose(backend, q, k, v)
     math_dtype = math_dtype_of(q)
     is_empty = 0 in (q.numel(), k.numel())  # which the kernels do not take
     if chosen == "ref" or is_empty or (backend is None and needs_grad(q, k, v)):
-        scores = _scores(q, k, math_dtype)
-        return _weighted(scores, v), scores.logsumexp(dim=-1)
-    with torch.no_grad():
+        with without_autocast(q):
+            scores = _scores(q, k, math_dtype)
+            return _weighted(scores, v), scores.logsumexp(dim=-1)
+    check_no_grad("attention_with_lse", chosen, q, k, v)
+    with torch.no_grad(), without_autocast(q):
         out, lse = backends.dense_with_lse(chosen)(q, k, v)
     return out, lse.to(math_dtype).reshape(q.shape[0], q.shape[2], -1)[..., : q.shape[1]]

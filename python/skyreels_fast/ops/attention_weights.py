@@ -18,7 +18,16 @@ import math
 import torch
 from torch import Tensor
 
-from skyreels_fast.ops._dispatch import adjoining, check_tensors, choose_kernel, jit, math_dtype_of, tl, triton
+from skyreels_fast.ops._dispatch import (
+    adjoining,
+    check_tensors,
+    choose_kernel,
+    jit,
+    math_dtype_of,
+    tl,
+    triton,
+    without_autocast,
+)
 from skyreels_fast.ops.qk_norm_rope3d import qk_norm_ref
 
 BACKENDS = ("triton", "ref")
@@ -184,6 +193,7 @@ def attention_weights(
     _check(q, k, log_counts, norm_weight)
     tensors = (q, k, log_counts, norm_weight)
     if choose_kernel(_NAME, backend, BACKENDS, _refusal(q, k), *tensors) == "ref":
-        math_dtype = math_dtype_of(q)
-        return attention_weights_ref(q, k, log_counts, norm_weight=norm_weight, eps=eps, math_dtype=math_dtype)
+        options = {"norm_weight": norm_weight, "eps": eps, "math_dtype": math_dtype_of(q)}
+        with without_autocast(q):
+            return attention_weights_ref(q, k, log_counts, **options)
     return _attention_weights(*tensors, eps)

@@ -22,14 +22,20 @@ Only "ref", "conv2d" and "conv3d" are differentiable.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from skyreels_fast.ops import _causal_conv3d_kernels as kernels
-from skyreels_fast.ops._dispatch import check_tensors, choose, math_dtype_of, needs_grad
+from skyreels_fast.ops._dispatch import (
+    check_no_grad,
+    check_tensors,
+    choose,
+    math_dtype_of,
+    needs_grad,
+    without_autocast,
+)
 from skyreels_fast.ops.norm_silu import norm_silu, norm_silu_ref
 
 BACKENDS = ("triton", "conv2d", "conv3d", "ref")
@@ -87,9 +93,7 @@ def _conv3d(frames: Sequence[Tensor], weight: Tensor, bias: Tensor | None, resid
 def _convolve(convolution: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """torch's convolution with one output frame [B, H, W, O], in the tensors' dtype: autocast would take its own."""
     padding = (0,) * (x.dim() - 4) + (weight.shape[-2] // 2, weight.shape[-1] // 2)
-    device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+    with without_autocast(x):
         out = convolution(x, weight, bias, padding=padding)
     return (out[:, :, 0] if x.dim() == 5 else out).permute(0, 2, 3, 1)
 
@@ -148,6 +152,8 @@ def _choose(backend: str | None, x: Tensor, weight: Tensor, *others: Tensor | No
             f"{kernels.CHANNEL_MULTIPLE}, KT up to {kernels.MAX_FRAMES} and KH * KW up to {kernels.MAX_TAPS}, "
             f"not {x.dtype}, C = {channels}, KT = {count} and KH * KW = {taps}; use 'conv2d'"
         )
+    if backend == "triton":
+        check_no_grad(name, backend, x, weight, *others, instead="'conv2d'")
     return backend
 
 
@@ -167,7 +173,7 @@ def causal_conv3d(
     float64, or a backend that is not there or does not take them.
     """
     _check(frames, weight, bias, residual, gamma)
-    backend = _choose(backend, frames[-1], weight, bias, residual, gamma)
+    backend = _choose(backend, frames[-1], weight, bias, residual, gamma, *frames)
     if backend == "triton":
         return kernels.causal_conv3d(list(frames), weight, bias, residual, gamma)
     if backend == "ref":

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from skyreels_fast.ops._dispatch import check_backend, check_tensors, needs_grad
+from skyreels_fast.ops._dispatch import check_backend, check_no_grad, check_tensors, needs_grad, without_autocast
 
 BACKENDS = ("cublaslt", "ref")
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -56,12 +56,15 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str 
     if backend is None:
         backend = "cublaslt" if fits and not needs_grad(x, weight, bias) else "ref"
     if backend == "ref":
-        return linear_gelu_ref(x, weight, bias)
+        with without_autocast(x):
+            return linear_gelu_ref(x, weight, bias)
     if not fits:
         raise ValueError(
             f"linear_gelu: backend 'cublaslt' takes float16 and bfloat16 on CUDA, not {x.dtype} on {x.device.type}"
         )
+    check_no_grad("linear_gelu", backend, x, weight, bias)
     if bias is None:  # the epilogue with GELU has one always
         bias = x.new_zeros(weight.shape[0])
     rows = x.reshape(-1, x.shape[-1])
+    # Autocast knows nothing of it.
     return torch._addmm_activation(bias, rows, weight.t(), use_gelu=True).view(*x.shape[:-1], -1)

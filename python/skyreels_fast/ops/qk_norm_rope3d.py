@@ -17,54 +17,21 @@ where a gradient is asked for and for what kernels do not take.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
 
 from skyreels_fast.ops import _qk_norm_rope3d_operators as operators
-from skyreels_fast.ops._dispatch import check_tensors, choose_kernel, math_dtype_of
+from skyreels_fast.ops._dispatch import check_tensors, choose_kernel, math_dtype_of, needs_grad
 
 Grid = tuple[int, int, int]
 
 BACKENDS = ("cuda", "triton", "ref")
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_CHANNELS, _MAX_HEAD_CHANNELS = 8192, 512
-
-
-@lru_cache(maxsize=2)
-def _cached_table(
-    grid: Grid,
-    token_range: tuple[int, int],
-    frame_offset: int,
-    head_dim: int,
-    theta: float,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """cos and sin [L, Dh / 2] of every token's angles."""
-    parts = operators.pairs_by_axis(head_dim)
-    frames, height, width = grid
-    start, stop = token_range
-    # Kept across calls, so it must not be an inference tensor: autograd could not save it later.
-    with torch.inference_mode(False), torch.no_grad():
-        f, h, w = (
-            operators.axis_angles(length, first, pairs, theta, device)
-            for length, first, pairs in zip(grid, (frame_offset, 0, 0), parts, strict=True)
-        )
-        rows = torch.cat((h[:, None].expand(-1, width, -1), w.expand(height, -1, -1)), dim=-1)
-        rows = rows.flatten(0, 1)[start:stop]
-        angles = torch.cat((f[:, None].expand(-1, stop - start, -1), rows.expand(frames, -1, -1)), dim=-1)
-        angles = angles.flatten(0, 1)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-# A constant of whatever is compiled around it: traced, the float64 angles would be computed anew for every element.
-@torch.compiler.assume_constant_result
-def _rope_table(*key: object) -> tuple[Tensor, Tensor]:
-    return _cached_table(*key)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -95,7 +62,8 @@ def qk_norm_rope3d_ref(
 ) -> tuple[Tensor, Tensor]:
     """`qk_norm_rope3d` in plain torch, computed in `math_dtype`; angles are float64 always."""
     token_range = token_range or (0, grid[1] * grid[2])
-    cos, sin = _rope_table(grid, token_range, frame_offset, q.shape[-1], theta, q.device, math_dtype)
+    make = operators.rope_table if torch.compiler.is_compiling() else operators.token_table
+    cos, sin = make(grid, token_range, frame_offset, q.shape[-1], theta, q.device, math_dtype)
     q_out = _rotate(qk_norm_ref(q, q_weight, eps=eps, math_dtype=math_dtype), cos, sin)
     k_out = _rotate(qk_norm_ref(k, k_weight, eps=eps, math_dtype=math_dtype), cos, sin)
     return q_out.to(q.dtype), k_out.to(k.dtype)
@@ -157,6 +125,24 @@ def _places(
     return grid, (start, stop)
 
 
+def _check_angles(name: str, frame_offset: Any, theta: Any) -> None:
+    if not isinstance(frame_offset, SupportsIndex):
+        raise ValueError(f"{name}: frame_offset must be an integer, not {frame_offset!r}")
+    if not isinstance(theta, (int, float)) or not 0 < theta < math.inf:
+        raise ValueError(f"{name}: theta must be a positive number, not {theta!r}")
+
+
+def _check_writable(name: str, q: Tensor, k: Tensor, *weights: Tensor) -> None:
+    """Raises ValueError for what nothing may be written over."""
+    if needs_grad(q, k, *weights):
+        raise ValueError(f"{name}: has no gradient; use qk_norm_rope3d, or torch.no_grad()")
+    if _share_memory(q, k):
+        raise ValueError(f"{name}: q and k share memory")
+    for label, x in (("q", q), ("k", k)):
+        if operators.is_expanded(x):
+            raise ValueError(f"{name}: {label} is expanded, elements of it are one in memory; use qk_norm_rope3d")
+
+
 def _share_memory(q: Tensor, k: Tensor) -> bool:
     """Whether they are one tensor or begin at one address; fake tensors and those of a trace have none."""
     if q is k:
@@ -214,8 +200,9 @@ def _norm_rope(
     _check_norm(name, "q", q, q_weight)
     _check_norm(name, "k", k, k_weight)
     grid, token_range = _places(name, q, k, grid, token_range)
-    if in_place and _share_memory(q, k):
-        raise ValueError(f"{name}: q and k share memory")
+    _check_angles(name, frame_offset, theta)
+    if in_place:
+        _check_writable(name, q, k, q_weight, k_weight)
     backend = _choose(name, backend, q, k, q_weight, k_weight)
     if backend != "ref":
         arguments = (q, k, q_weight, k_weight, grid, token_range, frame_offset, theta, eps, backend)
@@ -260,6 +247,7 @@ def qk_norm_rope3d_(
     """`qk_norm_rope3d`, with its options, written over q and k, which are returned: for inference.
 
     They may be views of one product: kernels take no memory of their own where channels adjoin. What q and k share is
-    k's then. Raises ValueError as it does, and where both begin at one address.
+    k's then. Raises ValueError as it does, where both begin at one address or one is expanded, and where a gradient is
+    asked for.
     """
     return _norm_rope(q, k, q_weight, k_weight, grid, in_place=True, **options)

@@ -6,7 +6,8 @@
 
 Two tensors of one shape (any), dtype and device. Kernels take float32, float16 and bfloat16; the math and the sums are
 float32 (float64 where the inputs are), rounded once. Sums are taken in a fixed order: a repeated call gives the same
-bits. Nothing waits for the device. Not differentiable, except on the backend "ref".
+bits. Nothing waits for the device. Not differentiable, except on the backend "ref", which is chosen where a gradient is
+asked for and for what kernels do not take.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from skyreels_fast.ops._dispatch import check_tensors, choose, jit, math_dtype_of, tl, triton
+from skyreels_fast.ops._dispatch import check_tensors, choose_kernel, jit, math_dtype_of, tl, triton
 
 BACKENDS = ("triton", "ref")
 _BLOCK = 2048  # elements a Triton program takes at a time
@@ -97,10 +98,8 @@ def _check(name: str, backend: str | None, **tensors: Tensor) -> str:
     if a.dtype != b.dtype:
         raise ValueError(f"{name}: {a_name} ({a.dtype}) and {b_name} ({b.dtype}) must have one dtype")
     check_tensors(name, **tensors)
-    backend = choose(name, backend, a.device.type, BACKENDS)
-    if backend != "ref" and a.dtype not in _KERNEL_DTYPES:
-        raise ValueError(f"{name}: backend {backend!r} takes float32, float16 and bfloat16, not {a.dtype}; use 'ref'")
-    return backend
+    refusal = None if a.dtype in _KERNEL_DTYPES else f"float32, float16 and bfloat16, not {a.dtype}"
+    return choose_kernel(name, backend, BACKENDS, refusal, a, b)
 
 
 def _elementwise(sign: int, a: Tensor, b: Tensor) -> Tensor:
