@@ -17,8 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
+import skyreels_fast as sf
 from benchmarks.judge import judge, judge_image, judge_long
+from benchmarks.options import Parser, at_least_one
 from training.prompts import HELDOUT_SCENES, TRAIN_SCENES, Scene
 
 # Shares of the prompts that must come out right.
@@ -82,8 +85,6 @@ def summary(rows: list[dict]) -> dict[str, dict[str, float]]:
 
 def first_frame(prompt: str, seed: int, height: int, width: int) -> np.ndarray:
     """A rendered picture of what the prompt says, uint8 [height,width,3], with room to move."""
-    import torch
-
     from training.data import sample_batch
 
     generator = torch.Generator().manual_seed(seed)
@@ -91,15 +92,16 @@ def first_frame(prompt: str, seed: int, height: int, width: int) -> np.ndarray:
     return ((video[0, :, 0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
 
 
-def run(args: argparse.Namespace) -> list[dict]:
+def pipeline(args: argparse.Namespace) -> sf.Pipeline:
+    """Raises ValueError for a model that cannot be had."""
+    dtype = torch.float32 if args.device.type == "cpu" else torch.bfloat16
+    return sf.Pipeline.from_pretrained(args.model_id, device=args.device, dtype=dtype)
+
+
+def run(args: argparse.Namespace, pipe: sf.Pipeline) -> list[dict]:
     """Render and judge every prompt: {prompt, heldout, seed, attribute: bool, …} each."""
-    import torch
     from PIL import Image
 
-    import skyreels_fast as sf
-
-    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
-    pipe = sf.Pipeline.from_pretrained(args.model_id, device=args.device, dtype=dtype)
     defaults = pipe.checkpoint.generation_config
     options: dict = {"ar_step": AR_STEP} if args.mode == "async" else {}
     if args.inference_steps:
@@ -126,30 +128,30 @@ def run(args: argparse.Namespace) -> list[dict]:
 def _save(directory: Path, name: str, frames: np.ndarray, fps: float) -> None:
     import imageio.v3 as iio
 
-    directory.mkdir(parents=True, exist_ok=True)
     iio.imwrite(directory / f"{name}.mp4", frames, fps=fps, macro_block_size=1)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--model_id", default="tiny")
-    parser.add_argument("--n", type=int, default=40, help="prompts")
+    parser.add_argument("--n", type=at_least_one, default=40, help="prompts")
     parser.add_argument("--mode", choices=("sync", "async"), default="sync")
     parser.add_argument("--long", action="store_true", help=f"{LONG_FRAMES} frames, overlap {OVERLAP}")
     parser.add_argument("--image-test", dest="image_test", action="store_true")
-    parser.add_argument("--inference_steps", type=int, default=None)
+    parser.add_argument("--inference_steps", type=at_least_one, default=None)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default=None, help="default: cuda where there is one")
     parser.add_argument("--out", type=Path, default=None, help="JSON file for rows and shares")
     parser.add_argument("--save", type=Path, default=None, help="directory for the videos")
     args = parser.parse_args(argv)
     if args.long and args.image_test:
         parser.error("--long and --image-test are two tests: run them one after the other")
-    if args.device is None:
-        import torch
-
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = run(args)
+    try:
+        pipe = pipeline(args)
+        if args.save:
+            args.save.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    rows = run(args, pipe)
     shares = summary(rows)
     print(table(rows))
     if args.out:

@@ -7,17 +7,16 @@ pause, since a GPU at its power limit lowers its clock, and its result is held a
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks import harness
+from benchmarks.options import Parser
 from benchmarks.products import TOKENS, WIDTHS, layer
 from skyreels_fast.dit.block import FEED_FORWARD_TOKENS
 from skyreels_fast.ops import linear_gelu
@@ -160,15 +159,12 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, "algorithms", device=False)
     parser.add_argument("--seconds", type=float, default=0.3, help="for each algorithm (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/algorithms.jsonl")
     args = parser.parse_args(argv)
-    device = harness.default_device()
+    device, out = args.device, args.out
     if device.type != "cuda":
-        print("error: cuBLASLt runs on a GPU, and there is none here", file=sys.stderr)
-        return 2
-    out = harness.output_file(args.out, "algorithms", device)
+        parser.error("cuBLASLt runs on a GPU, and there is none here")
     print(harness.provenance(device))
     for product in products():
         rows = rows_of(product, device, args.seconds)

@@ -7,11 +7,9 @@ at the rate of a device copy in the same run.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +18,7 @@ import skyreels_fast as sf
 from benchmarks import floor, harness
 from benchmarks.cases import CONTEXT_KEYS
 from benchmarks.models import GRID, RandomCheckpoint, config
+from benchmarks.options import Parser, at_least_one
 from benchmarks.ours import CONTEXT_TOKENS
 from benchmarks.products import TOKENS, WIDTHS
 from skyreels_fast.config import TransformerConfig
@@ -119,16 +118,13 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, "breakdown", device=False)
     parser.add_argument("--model", choices=WIDTHS, action="append", help="may be given twice (default: both)")
-    parser.add_argument("--forwards", type=int, default=3, help="to take the mean of (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/breakdown.jsonl")
+    parser.add_argument("--forwards", type=at_least_one, default=3, help="to take the mean of (default: %(default)s)")
     args = parser.parse_args(argv)
-    device = harness.default_device()
+    device, out = args.device, args.out
     if device.type != "cuda":
-        print("error: a breakdown is of a GPU's kernels, and there is none here", file=sys.stderr)
-        return 2
-    out = harness.output_file(args.out, "breakdown", device)
+        parser.error("a breakdown is of a GPU's kernels, and there is none here")
     print(harness.provenance(device))
     for model in args.model or WIDTHS:
         copy_gbps = harness.copy_gbps(device)

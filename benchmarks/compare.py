@@ -15,11 +15,12 @@ NOISE = 0.03
 YARDSTICKS = ("ref", "ref-compiled", "torch-sdpa", "diffusers", "diffusers-compiled")  # what we compare ourselves with
 _OP = ("op", "variant", "shape", "frames", "block_tokens", "dtype")
 _VIDEO = (
-    "model resolution frames mode gpus offload vram precision attention_asked steps guidance ar_step causal_block_size"
+    "model resolution frames mode gpus layout offload vram precision attention_asked steps guidance ar_step "
+    "causal_block_size teacache use_ret_steps base_frames overlap weights"
 )
 IDENTITY = {
     "ops": ("bench", "gpu", "impl", *_OP),
-    "video": ("bench", "gpu", "impl", *_VIDEO.split(), "teacache", "base_frames", "overlap", "weights"),
+    "video": ("bench", "gpu", "impl", *_VIDEO.split()),
 }
 # Names of each number and of its 20th and 80th percentile.
 _SPREAD = {"us_median": ("us_p20", "us_p80"), "ms_per_forward": ("ms_per_forward_p20", "ms_per_forward_p80")}
@@ -52,9 +53,13 @@ def identity(row: Row) -> tuple:
 
 
 def _name(row: Row) -> str:
-    shown = [row.get(key) for key in IDENTITY[row["bench"]][2:]]
-    parts = ("x".join(map(str, value)) if isinstance(value, list) else str(value) for value in shown if value)
-    return " ".join(parts)
+    return " ".join(_shown(key, row[key]) for key in IDENTITY[row["bench"]][2:] if row.get(key))
+
+
+def _shown(key: str, value: Any) -> str:
+    if value is True:
+        return key
+    return "x".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def verdict(base: Row, new: Row, metric: str) -> str:

@@ -7,12 +7,10 @@ way, encoding and decoding; and beside it what the VAE itself loses, of float32 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,7 @@ from torch.nn import functional
 
 import skyreels_fast as sf
 from benchmarks import harness
+from benchmarks.options import Parser
 from training.data import draw_scenes, render, trajectory
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
@@ -85,18 +84,14 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", type=torch.device, help="default: cuda where there is one")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/fidelity.jsonl, on a GPU")
+    parser = Parser(__doc__, "fidelity")
     args = parser.parse_args(argv)
-    device = args.device or harness.default_device()
-    out = harness.output_file(args.out, "fidelity", device)
+    device, out = args.device, args.out
     print(harness.provenance(device))
     try:
         harness.keep((row | harness.common(device) for row in rows_of(device)), line, out)
     except ImportError as error:
-        print(f"error: photographs need scikit-image ({error}): pip install '.[bench]'", file=sys.stderr)
-        return 2
+        parser.error(f"photographs need scikit-image ({error}): pip install '.[bench]'")
     return 0
 
 

@@ -238,16 +238,3 @@ def read(file: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{file}:{number} is no row of a benchmark: it has no 'bench'")
         rows.append(row)
     return rows
-
-
-def output_file(out: Path | None, name: str, device: torch.device) -> Path | None:
-    """Where rows go: `out`, else on a GPU benchmarks/results/NAME.jsonl; a CPU's numbers are kept only when asked."""
-    if out is not None or device.type != "cuda":
-        return out
-    return RESULTS / f"{name}.jsonl"
-
-
-def default_device() -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))

@@ -10,7 +10,6 @@ peak is off the first by more than 5 %.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
@@ -21,6 +20,7 @@ import time
 from pathlib import Path
 
 from benchmarks import harness
+from benchmarks.options import Parser, at_least_one, frame_count
 
 MIB = 2**20
 TOLERANCE = 0.05
@@ -54,32 +54,35 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["--in_this_process"]:
         print(json.dumps(measure(argv[1:])))
         return 0
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, "hostmemory", device=False)
     parser.add_argument("--model_id", default="tiny")
-    parser.add_argument("--frames", type=int, nargs="+", default=[145, 257, 289, 577, 1457])
-    parser.add_argument("--base_num_frames", type=int, default=49)
+    parser.add_argument("--frames", type=frame_count, nargs="+", default=[145, 257, 289, 577, 1457])
+    parser.add_argument("--base_num_frames", type=frame_count, default=49)
     parser.add_argument("--overlap_history", type=int, default=17)
-    parser.add_argument("--inference_steps", type=int, default=1)
+    parser.add_argument("--inference_steps", type=at_least_one, default=1)
     parser.add_argument("--height", type=int, default=None)
     parser.add_argument("--width", type=int, default=None)
     parser.add_argument("--offload", action="store_true")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/hostmemory.jsonl, on a GPU")
     args = parser.parse_args(argv)
-    device = harness.default_device()
-    out = harness.output_file(args.out, "hostmemory", device)
+    device, out = args.device, args.out
     names = ("model_id", "base_num_frames", "overlap_history", "inference_steps", "height", "width")
     settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     words += ["--seed", "0", "--device", device.type, *(["--offload"] if args.offload else [])]
     print(harness.provenance(device))
     peaks = []
-    for frames in args.frames:
-        found = run([*words, "--num_frames", str(frames)])
+    for length in args.frames:
+        try:
+            found = run([*words, "--num_frames", str(length)])
+        except subprocess.CalledProcessError as error:  # the command has said why, unless a signal ended it
+            if error.returncode < 0:
+                print(f"error: signal {-error.returncode} ended the command for {length} frames", file=sys.stderr)
+            return abs(error.returncode)
         peaks.append(found["peak_host_mib"])
-        row = {"bench": "hostmemory", **harness.common(device), **settings, "offload": args.offload, "frames": frames}
+        row = {"bench": "hostmemory", **harness.common(device), **settings, "offload": args.offload, "frames": length}
         harness.append(out, row | found)
         off = peaks[-1] / peaks[0] - 1
-        print(f"{frames} frames: {peaks[-1]:.0f} MiB ({off:+.1%}), {found['seconds']:.0f} s", flush=True)
+        print(f"{length} frames: {peaks[-1]:.0f} MiB ({off:+.1%}), {found['seconds']:.0f} s", flush=True)
     return int(any(abs(peak / peaks[0] - 1) > TOLERANCE for peak in peaks))
 
 

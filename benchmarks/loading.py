@@ -1,14 +1,13 @@
 """What loading costs: `python -m benchmarks.loading --model 14B --directory DIR`.
 
-Writes a model of a published size with random bfloat16 weights to DIR, unless it is there, then times reading the file
-alone, loading the transformer to the GPU, and loading it for --offload (into pinned host memory); each cold, its pages
-dropped from the page cache, and warm. A floor goes with each: cold, reading the file; warm, its bytes over the rate of
-pinned copies to the GPU, or for --offload the warm read.
+Writes a model of a published size with random bfloat16 weights to DIR, a new directory, or takes what an earlier call
+wrote there. Then times reading the file alone, loading the transformer to the GPU, and loading it for --offload (into
+pinned host memory); each cold, its pages dropped from the page cache, and warm. A floor goes with each: cold, reading
+the file; warm, its bytes over the rate of pinned copies to the GPU, or for --offload the warm read.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import dataclasses
 import gc
@@ -27,6 +26,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.models import MODELS, RandomCheckpoint, RandomWeights, config
+from benchmarks.options import Parser, reason
 from skyreels_fast.checkpoint import Checkpoint
 from skyreels_fast.dit.model import DiT
 from skyreels_fast.placement import Placement
@@ -34,34 +34,51 @@ from skyreels_fast.placement import Placement
 _CHUNK_BYTES = 8 * 2**20
 _READERS = 16
 WAYS = ("read", "resident", "offload")
+# In a directory that `write_model` fills, from before the first byte of the model; holds the model's name.
+MARKER = ".written_by_benchmarks_loading"
 
 
 def write_model(directory: Path, model: str, device: torch.device) -> Path:
-    """A model directory with random weights, made tensor by tensor; kept where it is whole already."""
+    """A model directory with random weights, made tensor by tensor; kept where it is whole already.
+
+    Nothing that is whole is ever replaced. Raises ValueError for a directory with any other file than this wrote.
+    """
     file = directory / "model.safetensors"
+    part, settings = file.with_suffix(".part"), directory / "config.json"
+    _check_own(directory, {file.name, part.name, settings.name}, model)
+    if file.exists():
+        return file
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / MARKER).write_text(model)
+    settings.write_text(json.dumps(dataclasses.asdict(config(model, "t2v"))))
     weights = RandomCheckpoint.of(model, "t2v", device, torch.bfloat16, text=False).transformer_weights()
-    header, end = _header(weights)
-    if not file.is_file() or file.stat().st_size != len(header) + end:
-        directory.mkdir(parents=True, exist_ok=True)
-        with file.open("wb") as out:
-            out.write(header)
-            for name in weights:
-                out.write(weights[name].cpu().view(torch.uint8).numpy().data)
-            out.flush()
-            os.fsync(out.fileno())
-        (directory / "config.json").write_text(json.dumps(dataclasses.asdict(config(model, "t2v"))))
-    return file
+    with part.open("wb") as out:
+        out.write(_header(weights))
+        for name in weights:
+            out.write(weights[name].cpu().view(torch.uint8).numpy().data)
+        out.flush()
+        os.fsync(out.fileno())
+    return part.rename(file)
 
 
-def _header(weights: RandomWeights) -> tuple[bytes, int]:
-    """What a safetensors file begins with, and how many bytes of data follow."""
+def _check_own(directory: Path, files: set[str], model: str) -> None:
+    there = {path.name for path in directory.iterdir()} if directory.exists() else set()
+    marker = directory / MARKER
+    if foreign := sorted(there - (files | {MARKER} if marker.name in there else set())):
+        raise ValueError(f"holds {foreign[0]}, which this benchmark did not write; give a new directory")
+    if there and (written := marker.read_text()) != model:
+        raise ValueError(f"holds a random {written}, no {model}; give another directory")
+
+
+def _header(weights: RandomWeights) -> bytes:
+    """What a safetensors file begins with."""
     entries, end = {}, 0
     for name, shape in weights.shapes.items():
         start, end = end, end + 2 * torch.Size(shape).numel()
         entries[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, end
+    return len(text).to_bytes(8, "little") + text
 
 
 def drop(file: Path) -> float:
@@ -155,21 +172,17 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    result.add_argument("--model", default="14B", choices=MODELS)
-    result.add_argument("--directory", type=Path, required=True, help="where the model is, or is written")
-    result.add_argument("--device", type=torch.device, help="default: cuda where there is one")
-    result.add_argument("--out", type=Path, help="default: benchmarks/results/loading.jsonl, on a GPU")
-    return result
-
-
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    device = args.device or harness.default_device()
-    out = harness.output_file(args.out, "loading", device)
+    parser = Parser(__doc__, "loading")
+    parser.add_argument("--model", default="14B", choices=MODELS)
+    parser.add_argument("--directory", type=Path, required=True, help="new, or what an earlier call has written")
+    args = parser.parse_args(argv)
+    device, out = args.device, args.out
     print(harness.provenance(device))
-    file = write_model(args.directory, args.model, device)
+    try:
+        file = write_model(args.directory, args.model, device)
+    except (ValueError, OSError) as error:
+        parser.error(f"--directory {args.directory}: {reason(error)}")
     print(f"{file}: {file.stat().st_size / 1e9:.2f} GB", flush=True)
     rows = measure(args.directory, file, device)
     for row in rows:

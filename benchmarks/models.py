@@ -27,13 +27,15 @@ MODES = ("sync", "async", "causal", "t2v", "i2v")
 _SIZES = {
     "1.3B": {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30},
     "14B": {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40},
+    "tiny": {"dim": 256, "ffn_dim": 1024, "num_heads": 4, "num_layers": 8, "text_dim": 128, "text_len": 32},  # bundled
     "toy": {"dim": 128, "ffn_dim": 384, "num_heads": 2, "num_layers": 2, "text_dim": 64, "freq_dim": 64},
 }
+_TAKES_FPS = ("1.3B", "toy")  # those for diffusion forcing
 MODELS = tuple(_SIZES)
 GRID = (25, 34, 60)  # of tokens, at 540P and 97 frames
-_VAE_BASE_DIM = {"toy": 8}  # 96 in the published models
+_VAE_BASE_DIM = {"tiny": 16, "toy": 8}  # 96 in the published models
 _TEXT = {"vocab": 256384, "dim": 4096, "ffn": 10240, "buckets": 32, "heads": 64, "layers": 24}  # UMT5-XXL
-_TEXT_TOY = {"vocab": 512, "dim": 64, "ffn": 128, "buckets": 32, "heads": 4, "layers": 2}
+_TEXT_SMALL = {"vocab": 512, "ffn": 128, "buckets": 32, "heads": 4, "layers": 2}
 _TOKENIZER = Path(skyreels_fast.__file__).parent / "assets" / "tiny" / "google" / "umt5-xxl"
 
 
@@ -43,12 +45,12 @@ def pipeline_mode(mode: str) -> str:
 
 
 def config(model: str, mode: str) -> TransformerConfig:
-    """The shape of a published model: of the diffusion forcing 1.3B, which takes the frame rate, unless T2V or I2V."""
+    """A model's shape: for diffusion forcing, T2V or I2V, as `mode` has it."""
     kind = pipeline_mode(mode)
     return TransformerConfig(
         model_type="i2v" if kind == "i2v" else "t2v",
         in_dim=36 if kind == "i2v" else 16,
-        inject_sample_info=kind == "df" and model != "14B",
+        inject_sample_info=kind == "df" and model in _TAKES_FPS,
         **_SIZES[model],
     )
 
@@ -125,6 +127,7 @@ class Work:
             "ar_step": self.ar_step,
             "causal_block_size": self.block,
             "teacache": self.teacache,
+            "use_ret_steps": None if self.teacache is None else self.use_ret_steps,
             "base_frames": self.base_frames,
             "overlap": self.overlap,
             "tokens": self.tokens,
@@ -205,7 +208,9 @@ class RandomCheckpoint(Checkpoint):
 
     @cached_property
     def _text(self) -> dict[str, Tensor]:
-        weights = RandomWeights(_text_shapes(_TEXT_TOY if self.size == "toy" else _TEXT), self.device, self.dtype)
+        dim = self.config.text_dim
+        size = _TEXT if dim == _TEXT["dim"] else _TEXT_SMALL | {"dim": dim}
+        weights = RandomWeights(_text_shapes(size), self.device, self.dtype)
         return {name: weights[name].cpu() for name in weights}
 
     def tokenizer_path(self) -> Path:

@@ -10,10 +10,8 @@ the same run.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from benchmarks.cases import CASES, Case
 from benchmarks.correctness import RedError
 from benchmarks.harness import Timing
 from benchmarks.models import GRID
+from benchmarks.options import Parser, at_least_one
 
 COMPILED = "ref-compiled"
 
@@ -103,15 +102,13 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, "ops")
     parser.add_argument("--op", nargs="+", choices=sorted(CASES), default=sorted(CASES), help="families (default: all)")
-    parser.add_argument("--dim", type=int, nargs="+", default=[1536, 5120], help="model widths")
-    parser.add_argument("--head_dim", type=int, default=128)
+    parser.add_argument("--dim", type=at_least_one, nargs="+", default=[1536, 5120], help="model widths")
+    parser.add_argument("--head_dim", type=at_least_one, default=128)
     parser.add_argument("--grid", default="x".join(map(str, GRID)), help="tokens as FxHxW (default: %(default)s)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--no_compile", action="store_true", help="leave torch.compile of the references out")
-    parser.add_argument("--device", type=torch.device, default=None, help="default: cuda where there is one")
-    parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/results/ops.jsonl, on a GPU")
     args = parser.parse_args(argv)
     try:
         grid = tuple(int(part) for part in args.grid.split("x"))
@@ -119,11 +116,10 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError
     except ValueError:
         parser.error(f"--grid {args.grid}: give three numbers of at least 1 as FxHxW")
-    if wrong := [dim for dim in args.dim if dim < 1 or dim % args.head_dim]:
+    if wrong := [dim for dim in args.dim if dim % args.head_dim]:
         parser.error(f"--dim {wrong[0]}: is no multiple of the head size {args.head_dim}")
 
-    device = args.device or harness.default_device()
-    out = harness.output_file(args.out, "ops", device)
+    device, out = args.device, args.out
     print(f"{harness.provenance(device)}; rows go to {out or 'the terminal alone: give --out FILE to keep them'}")
     copy_gbps = harness.copy_gbps(device)
     print(f"device copy: {copy_gbps:.0f} GB/s, read and written")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 import resource
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -18,62 +17,18 @@ import skyreels_fast as sf
 from benchmarks import harness
 from benchmarks.floor import IMAGE_TOKENS
 from benchmarks.harness import Timing
-from benchmarks.models import RandomCheckpoint, Work
+from benchmarks.meter import Meter, block_runs
+from benchmarks.models import MODELS, RandomCheckpoint, Work, config
+from skyreels_fast.checkpoint import Checkpoint
 from skyreels_fast.config import VAE_STRIDE
 from skyreels_fast.dit.model import IMAGE_DIM
 from skyreels_fast.parallel import Degrees
 
-# Of a prompt and a negative prompt, as real ones have.
+# Of a prompt and a negative prompt, as real ones have; a model that takes fewer gets as many as it takes.
 CONTEXT_TOKENS = (100, 126)
 # About 100 tokens.
 PROMPT = " and ".join(["a red circle moving right on a dark blue background"] * 9)
 NEGATIVE_PROMPT = "a blue star standing still on a gray background"
-
-
-class Meter(sf.Progress):
-    """Marks every row of the schedule and takes the peak of memory of every stage, without waiting inside a stage."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._clock = device, harness.Clock(device)
-        self._stage: str | None = None
-        self._began = time.perf_counter()
-        self._windows: list[list[Any]] = []
-        self._says = os.environ.get("RANK", "0") == "0"
-        self.peaks: dict[str, tuple[float | None, float | None]] = {}
-
-    def stage(self, name: str | None) -> None:
-        """A stage begins, or with None the last one is over."""
-        if name == self._stage:
-            return
-        if self._stage is not None:
-            self._close(self._stage)
-        self._stage, self._began = name, time.perf_counter()
-        harness.reset_peaks(self._device)
-
-    def _close(self, stage: str) -> None:
-        peak, before = harness.peaks_gib(self._device), self.peaks.get(stage)
-        self.peaks[stage] = peak if before is None or None in peak else tuple(map(max, peak, before))
-        seconds = time.perf_counter() - self._began
-        if seconds > 0.05 and self._says:
-            memory = "" if peak[0] is None else f", peak {peak[0]:.1f} GiB allocated, {peak[1]:.1f} reserved"
-            print(f"  {stage}: {seconds:.2f} s{memory}", flush=True)
-
-    def window(self, index: int, count: int, calls: int) -> None:
-        if self._says:
-            print(f"  window {index + 1} of {count}: {calls} rows", flush=True)
-        self._windows.append([self._clock.mark()])
-
-    def step(self) -> None:
-        self._windows[-1].append(self._clock.mark())
-
-    def rows(self) -> tuple[list[float], list[float]]:
-        """Seconds of each window's first row, which also makes the keys and values of the text, and of all others."""
-        first, others = [], []
-        for marks in self._windows:
-            seconds = [self._clock.seconds(*pair) for pair in zip(marks, marks[1:], strict=False)]
-            first += seconds[:1]
-            others += seconds[1:]
-        return first, others
 
 
 class Prepared:
@@ -101,7 +56,8 @@ class Prepared:
             meter = Meter(self.device)
             _empty_cache(self.device)
         self._say("timed:")
-        result, total_s = self._render(self._plan, meter)
+        with block_runs() as runs:
+            result, total_s = self._render(self._plan, meter)
         if not all(latents.isfinite().all() for latents in result.latents):
             raise RuntimeError("the latents are not finite: their time means nothing")
         timings = dict(result.timings)
@@ -110,6 +66,8 @@ class Prepared:
         return {
             "attention": self.pipe.machine.attention,
             **self._steps(meter),
+            "calls": self.work.branches * sum(self._plan.calls),
+            "computed_calls": self.work.branches * len(runs),
             "text_s": timings["text"] if encodes_text else None,
             "vae_encode_s": self._encode(meter) if self.pipe.machine.leads else None,
             # A first decoding compiles and chooses kernels.
@@ -198,7 +156,7 @@ class Prepared:
 def prepare(work: Work, args: argparse.Namespace, device: torch.device) -> Prepared:
     """Raises ValueError for settings that do not work out, before anything is loaded."""
     pipe = _pipeline(work, args, device)
-    request = _request(work, pipe.checkpoint.config.text_dim)
+    request = _request(work)
     if args.with_text:
         texts = {"prompt": PROMPT, "negative_prompt": NEGATIVE_PROMPT, "context": None, "negative_context": None}
         request = replace(request, **texts)
@@ -217,13 +175,28 @@ def _pipeline(work: Work, args: argparse.Namespace, device: torch.device) -> sf.
     if args.gpus > 1:
         options["degrees"] = Degrees(args.ulysses_degree, args.ring_degree, args.cfg_parallel)
     if args.weights is not None:
-        return sf.Pipeline.from_pretrained(args.weights, device, work.dtype, **options)
+        pipe = sf.Pipeline.from_pretrained(args.weights, device, work.dtype, **options)
+        _check_config(pipe.checkpoint, work)
+        return pipe
     checkpoint = RandomCheckpoint.of(work.model, work.mode, device, work.dtype, text=args.with_text)
     return sf.Pipeline(checkpoint, device, work.dtype, **options)
 
 
-def _request(work: Work, text_dim: int) -> sf.Request:
+def _check_config(checkpoint: Checkpoint, work: Work) -> None:
+    """Raises ValueError for a checkpoint that is not what `work`, and so the row and the peers, take it for."""
+    found, expected = checkpoint.config, work.config
+    if found == expected:
+        return
+    names = [field.name for field in fields(found) if getattr(found, field.name) != getattr(expected, field.name)]
+    differs = ", ".join(f"{name} {getattr(found, name)}, not {getattr(expected, name)}" for name in names)
+    fits = [model for model in MODELS if config(model, work.mode) == found]
+    advice = f"; give --model {fits[0]}" if fits else ""
+    raise ValueError(f"--weights {checkpoint.root}: is no {work.model} for --mode {work.mode} ({differs}){advice}")
+
+
+def _request(work: Work) -> sf.Request:
     generator = torch.Generator().manual_seed(0)
+    tokens, text_dim = [min(count, work.config.text_len) for count in CONTEXT_TOKENS], work.config.text_dim
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
@@ -245,8 +218,8 @@ def _request(work: Work, text_dim: int) -> sf.Request:
         guidance_scale=work.guidance,
         fps=work.fps,
         seed=0,
-        context=draw(CONTEXT_TOKENS[0], text_dim),
-        negative_context=draw(CONTEXT_TOKENS[1], text_dim),
+        context=draw(tokens[0], text_dim),
+        negative_context=draw(tokens[1], text_dim),
         **options,
     )
 

@@ -26,6 +26,8 @@ _CUDNN = "_native_cudnn"
 
 def missing(peer: str, work: Work) -> str | None:
     """Why a peer cannot do this work here, or None."""
+    if work.teacache is not None:
+        return f"{peer}: has no TeaCache, so there is no row of it"
     if work.causal and work.block == 1:
         return f"{peer}: has no causal attention in blocks of one latent frame, so there is no row of it"
     if importlib.util.find_spec("diffusers") is None:

@@ -9,11 +9,9 @@ left at the end.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -22,6 +20,7 @@ from torch.nn import functional
 
 from benchmarks import harness
 from benchmarks.models import GRID, config
+from benchmarks.options import Parser, at_least_one
 from skyreels_fast.config import TransformerConfig
 from skyreels_fast.dit.block import CrossAttention
 from skyreels_fast.dit.context import counted_padding, log_counts_of
@@ -140,18 +139,13 @@ def line(row: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, "products")
     parser.add_argument("--model", choices=WIDTHS, action="append", help="may be given twice (default: both)")
-    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--tokens", type=at_least_one, default=TOKENS)
     parser.add_argument("--seconds", type=float, default=0.5, help="for each form (default: %(default)s)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--device", type=torch.device, default=None, help="default: cuda where there is one")
-    parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/results/products.jsonl, on a GPU")
     args = parser.parse_args(argv)
-    if args.tokens < 1:
-        parser.error(f"--tokens {args.tokens}: give at least 1")
-    device = args.device or harness.default_device()
-    out = harness.output_file(args.out, "products", device)
+    device, out = args.device, args.out
     print(f"{harness.provenance(device)}; * as the forward takes it")
     with torch.inference_mode():
         for model in args.model or WIDTHS:

@@ -1,6 +1,7 @@
 """The tables that `benchmarks.report` makes of rows, in Markdown.
 
-Of each thing measured the latest row counts. "times ours" is taken within one run, where we were measured beside them.
+Of each thing measured the latest row counts. "times ours" is taken within one run, where we were measured beside them,
+and so stands beside what we took in that run.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from benchmarks import compare, harness
+from skyreels_fast._words import counted
 
 Row = dict[str, Any]
 Columns = dict[str, Callable[[Row], str]]
@@ -17,8 +19,8 @@ Columns = dict[str, Callable[[Row], str]]
 OURS = "skyreels_fast"
 EMPTY = "_Not measured yet._"
 _WHAT = ("gpu", "model", "resolution", "frames", "mode", "gpus", "layout", "offload", "vram", "precision",
-         "attention_asked", "guidance", "ar_step", "causal_block_size", "teacache", "base_frames", "overlap",
-         "weights")  # fmt: skip
+         "attention_asked", "guidance", "ar_step", "causal_block_size", "teacache", "use_ret_steps", "base_frames",
+         "overlap", "weights", "steps")  # fmt: skip
 _IMPLS = (
     OURS,
     "diffusers-accelerated",
@@ -37,13 +39,19 @@ def _latest(rows: Iterable[Row], keys: tuple[str, ...]) -> list[Row]:
 
 
 def _latest_video(rows: list[Row]) -> list[Row]:
-    """The latest video rows, each with `times_ours`, the biggest model last and ourselves before the peers."""
+    """The latest video rows, the biggest model last and ourselves before the peers.
+
+    Each has what we took beside it, `ours_ms`, and `times_ours`. Their `steps` are None where all steps are alike, so
+    that their number does not matter.
+    """
     video = [row for row in rows if row["bench"] == "video"]
+    video = [row | {"steps": None} if row.get("uniform", True) else row for row in video]
     ours = {(row["run_id"], *(row.get(key) for key in _WHAT[:5])): row for row in video if row["impl"] == OURS}
     latest = _latest(video, ("impl", *_WHAT))
     for row in latest:
         beside = ours.get((row["run_id"], *(row.get(key) for key in _WHAT[:5])))
-        row["times_ours"] = row["ms_per_forward"] / beside["ms_per_forward"] if beside else None
+        row["ours_ms"] = beside["ms_per_forward"] if beside else None
+        row["times_ours"] = row["ms_per_forward"] / row["ours_ms"] if beside else None
     order = {name: place for place, name in enumerate(_IMPLS)}
     return sorted(latest, key=lambda row: (*_place(row), order.get(row["impl"], len(order)), row["gpus"]))
 
@@ -61,13 +69,17 @@ def _mode(row: Row) -> str:
     if row["causal_block_size"]:
         notes.append(f"block {row['causal_block_size']}, ar_step {row['ar_step']}")
     if row["teacache"]:
-        notes.append(f"TeaCache {row['teacache']:g}")
+        notes.append(f"TeaCache {row['teacache']:g}{' with use_ret_steps' if row.get('use_ret_steps') else ''}")
+    if row.get("computed_calls", 0) < row.get("calls", 0):
+        notes.append(f"{row['computed_calls']} of {row['calls']} calls computed")
     if row["offload"]:
         notes.append("offload")
     if row.get("vram"):
         notes.append(f"--vram {row['vram']:g}")
-    if _unguided(row):
+    if unguided(row):
         notes.append("no guidance")
+    if row.get("steps"):
+        notes.append(counted(row["steps"], "step"))
     return ", ".join(notes)
 
 
@@ -110,7 +122,8 @@ def denoise_peak(row: Row) -> float | None:
 def forward_table(rows: list[Row]) -> str:
     """One forward by us and by the peers."""
     texts = _VIDEO | {"by": lambda row: row["impl"], "attention": lambda row: row["attention"] or ""}
-    numbers = {"ms a forward": _column("ms_per_forward", 0), "times ours": _column("times_ours")}
+    numbers = {"ms a forward": _column("ms_per_forward", 0), "ours in the same run, ms": _column("ours_ms", 0)}
+    numbers |= {"times ours": _column("times_ours")}
     numbers |= {"s a step": _column("s_per_step"), "peak GiB": lambda row: _number(denoise_peak(row), 1)}
     plain = [row for row in rows if row["bench"] == "video" and row["gpus"] == 1 and not row["offload"]]
     return _table(_latest_video(plain), texts, numbers)
@@ -133,11 +146,11 @@ def parallel_table(rows: list[Row]) -> str:
     ours = [row for row in _latest_video(rows) if row["impl"] == OURS]
     alone = [row for row in ours if row["gpus"] == 1]
     single = {_alike(row): row["s_per_step"] for row in alone}
-    guided = {_alike(row, but="guidance"): _alike(row) for row in alone if not _unguided(row)}
+    guided = {_alike(row, but="guidance"): _alike(row) for row in alone if not unguided(row)}
 
     def work(row: Row) -> tuple[str, ...]:
         """What a row is a part of, or all: without guidance that with guidance, where one GPU has done it."""
-        return guided.get(_alike(row, but="guidance"), _alike(row)) if _unguided(row) else _alike(row)
+        return guided.get(_alike(row, but="guidance"), _alike(row)) if unguided(row) else _alike(row)
 
     def is_half(row: Row) -> bool:
         return row["gpus"] > 1 and work(row) != _alike(row)
@@ -162,7 +175,7 @@ def parallel_table(rows: list[Row]) -> str:
     return _table([row for row in ours if row["gpus"] > 1 or _alike(row) in several], texts, numbers)
 
 
-def _unguided(row: Row) -> bool:
+def unguided(row: Row) -> bool:
     return row.get("guidance") == 1
 
 

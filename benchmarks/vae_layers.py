@@ -7,10 +7,8 @@ it is timed. Times are of one output frame; the share is of the GPU's rate at ma
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,6 +16,7 @@ from torch.nn import functional
 
 from benchmarks import harness
 from benchmarks.correctness import RedError
+from benchmarks.options import Parser
 from skyreels_fast.ops.causal_conv3d import BACKENDS, causal_conv3d, causal_conv3d_cost, causal_conv3d_ref
 from skyreels_fast.ops.norm_silu import norm_silu, norm_silu_cost
 
@@ -121,17 +120,14 @@ def line(row: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, "vae_layers")
     parser.add_argument("--size", default="68x120", help="of the latents, as HxW (default: %(default)s)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--device", type=torch.device, default=None, help="default: cuda where there is one")
-    parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/results/vae_layers.jsonl, on a GPU")
     args = parser.parse_args(argv)
     height, _, width = args.size.partition("x")
     if not (height.isdigit() and width.isdigit() and int(height) and int(width)):
         parser.error(f"--size {args.size}: give two numbers of at least 1 as HxW")
-    device = args.device or harness.default_device()
-    out = harness.output_file(args.out, "vae_layers", device)
+    device, out = args.device, args.out
     print(f"{harness.provenance(device)}; rows go to {out or 'the terminal alone: give --out FILE to keep them'}")
     torch.backends.cudnn.benchmark = True
     with torch.inference_mode():

@@ -30,6 +30,31 @@ def test_the_model_it_writes_is_a_model(tmp_path: Path) -> None:
     assert loading.write_model(tmp_path, "toy", CPU).stat().st_mtime_ns == changed
 
 
+@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize("foreign", ["model.safetensors", "config.json", "Wan2.1_VAE.pth"])
+def test_what_it_did_not_write_stays(foreign: str, marked: bool, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    if marked:
+        loading.write_model(tmp_path, "toy", CPU)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()} | {foreign: b"a trained model's"}
+    (tmp_path / foreign).write_bytes(before[foreign])
+    words = ["--model", "tiny", "--directory", str(tmp_path), "--device", "cpu"]
+    with pytest.raises(SystemExit, match="2"):
+        loading.main(words)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"error: --directory {tmp_path}: holds " in line
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_model_that_was_not_finished_is_written_anew(tmp_path: Path) -> None:
+    whole = loading.write_model(tmp_path / "whole", "toy", CPU).read_bytes()
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / loading.MARKER).write_text("toy")
+    (begun / "model.part").write_bytes(whole[:1000])
+    assert loading.write_model(begun, "toy", CPU).read_bytes() == whole
+    assert {path.name for path in begun.iterdir()} == {loading.MARKER, "config.json", "model.safetensors"}
+
+
 def test_rows_of_every_way_cold_and_warm(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "loading.jsonl"
     options = ["--model", "toy", "--directory", str(tmp_path / "model"), "--device", "cpu", "--out", str(out)]

@@ -95,10 +95,11 @@ def test_tables_are_made_from_committed_rows(results: Path, capsys: pytest.Captu
     rows = report.committed_rows(results)
     assert "draft.jsonl" in capsys.readouterr().err
     assert tables.forward_table(rows).splitlines() == [
-        "| model | video | mode | GPUs | by | attention | ms a forward | times ours | s a step | peak GiB |",
-        "| --- | --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: |",
-        "| 14B | 540P, 97 frames | sync | 1 | skyreels_fast | fa3 | 4,600 | 1.00 | 9.40 | 32.5 |",
-        "| 14B | 540P, 97 frames | sync | 1 | diffusers-compiled | cudnn | 5,875 | 1.25 | 9.40 | 35.6 |",
+        "| model | video | mode | GPUs | by | attention | ms a forward | ours in the same run, ms | times ours "
+        "| s a step | peak GiB |",
+        "| --- | --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| 14B | 540P, 97 frames | sync | 1 | skyreels_fast | fa3 | 4,600 | 4,600 | 1.00 | 9.40 | 32.5 |",
+        "| 14B | 540P, 97 frames | sync | 1 | diffusers-compiled | cudnn | 5,875 | 4,700 | 1.25 | 9.40 | 35.6 |",
         "",
         "NVIDIA H200, torch 2.11.0, 2026-11-23, commit cccccccccc; NVIDIA H200, torch 2.11.0, 2026-11-22, "
         "commit cccccccccc.",
@@ -108,6 +109,33 @@ def test_tables_are_made_from_committed_rows(results: Path, capsys: pytest.Captu
     assert "| triton | 104 |" in table and "| ref |" not in table
     assert "| 14B | 540P, 97 frames | sync | 1 |  | 9.40 | 1.30 | 0.80 | 32.5 | 33.0 |" in tables.stages_table(rows)
     assert tables.ops_table([]) == tables.EMPTY
+
+
+def test_what_is_compared_can_be_recomputed() -> None:
+    """In the README, from the numbers that stand beside each other."""
+    lines = tables.forward_table(report.committed_rows(harness.RESULTS)).splitlines()[2:-2]
+    cells = [[cell.strip().replace(",", "") for cell in line.split("|")][7:10] for line in lines]
+    compared = [[float(cell) for cell in row] for row in cells if row[-1]]
+    assert len(compared) > 10
+    for theirs, ours, ratio in compared:
+        assert ratio == pytest.approx(theirs / ours, abs=0.0065)
+
+
+def test_rows_of_unlike_steps_are_told_apart_by_their_number() -> None:
+    alike = [video_row(steps=3, ms_per_forward=4700.0), video_row(steps=5, ms_per_forward=4600.0)]
+    assert "4,700" not in tables.forward_table(alike) and "4,600" in tables.forward_table(alike)
+    two = video_row(gpus=2, layout="2x1x1", steps=2, s_per_step=4.7)
+    assert "| 2 | 2 × 1 × 1 | 4.70 | 2.00 |" in tables.parallel_table([*alike, two])
+    cached = {"teacache": 0.2, "uniform": False, "calls": 60, "computed_calls": 24}
+    rows = [
+        video_row(**cached | {"steps": 30, "use_ret_steps": False}),
+        video_row(**cached | {"steps": 30, "use_ret_steps": True}),
+        video_row(**cached | {"steps": 50}),
+    ]
+    table = tables.forward_table(rows)
+    assert "| sync, TeaCache 0.2, 24 of 60 calls computed, 30 steps |" in table
+    assert "| sync, TeaCache 0.2 with use_ret_steps, 24 of 60 calls computed, 30 steps |" in table
+    assert "| sync, TeaCache 0.2, 24 of 60 calls computed, 50 steps |" in table
 
 
 def test_readme_is_written_and_checked(results: Path):
@@ -135,14 +163,18 @@ def test_a_readme_without_markers_is_an_error(results: Path, text: str, capsys: 
 
 
 def test_bars_stand_beside_each_other():
-    """Of one run: ours without a peer does not count; what was measured apart does, at its best."""
-    apart = {"model": "1.3B", "run_id": "p", "source": "measured apart"}
+    """Lone forwards of one run: ours without a peer does not count; what was measured apart does, at its best."""
+    lone = {"model": "1.3B", "guidance": 1.0}
+    apart = lone | {"run_id": "p", "source": "measured apart"}
+    later = "2026-11-23T10:00:00+00:00"
     rows = [
         video_row(),
         video_row("diffusers", ms_per_forward=7000.0),
-        video_row(model="1.3B", ms_per_forward=930.0, run_id="b"),
-        video_row("diffusers-compiled", model="1.3B", ms_per_forward=1100.0, run_id="b"),
-        video_row(model="1.3B", ms_per_forward=900.0, run_id="c", time="2026-11-23T10:00:00+00:00"),
+        video_row(ms_per_forward=930.0, run_id="b", **lone),
+        video_row("diffusers-compiled", ms_per_forward=1100.0, run_id="b", **lone),
+        video_row(ms_per_forward=900.0, run_id="c", time=later, **lone),
+        video_row(model="1.3B", ms_per_forward=910.0, run_id="d", time=later),  # half of a step
+        video_row("diffusers-compiled", model="1.3B", ms_per_forward=1110.0, run_id="d", time=later),
         video_row("reference", ms_per_forward=1784.0, **apart),
         video_row("reference", ms_per_forward=1277.0, **apart),
         video_row("lightx2v", mode="t2v", ms_per_forward=950.0, **apart),
@@ -152,7 +184,7 @@ def test_bars_stand_beside_each_other():
         video_row(mode="async", ms_per_forward=1.0),
     ]
     groups, heights = plots.bars(rows, "ms_per_forward")
-    assert groups == ["1.3B 540P\n97 frames", "14B 540P\n97 frames"]
+    assert list(map(str, groups)) == ["1.3B 540P\n97 frames, no guidance", "14B 540P\n97 frames, with guidance"]
     assert heights == {
         "skyreels_fast": [930.0, 4700.0],
         "diffusers-compiled": [1100.0, None],
@@ -199,6 +231,19 @@ def test_two_files_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert report.main(["--base", str(new), str(base)]) == 0
     assert "better" in capsys.readouterr().out
     assert report.main(["--base", str(base), str(tmp_path / "none.jsonl")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [("layout", ("1x2x1", "2x1x1")), ("use_ret_steps", (False, True)), ("steps", (30, 50)), ("overlap", (17, 37))],
+)
+def test_unlike_work_is_not_compared(key: str, values: tuple):
+    base = [video_row(**{key: value, "ms_per_forward": ms}) for value, ms in zip(values, (2600.0, 2700.0), strict=True)]
+    assert {change.verdict for change in compare.changes(base, base[::-1])} == {"same"}
+    with pytest.raises(ValueError, match="measures what"):
+        compare.changes(base[:1], base[1:])
+    text, worse = compare.report(base, base[:1])
+    assert not worse and "absent skyreels_fast 14B" in text
 
 
 def test_nothing_in_common_is_an_error():

@@ -10,6 +10,7 @@ import torch
 from processes import together
 
 from benchmarks import floor, harness, models, ours, peers, video
+from skyreels_fast.config import TransformerConfig
 
 CPU = torch.device("cpu")
 COMMON = {"run_id", "time", "gpu", "versions", "commit", "dirty"}
@@ -76,6 +77,7 @@ def test_video_end_to_end_beside_peers(tmp_path: Path, capsys: pytest.CaptureFix
         assert mine[key] > 0
     assert mine["total_s"] > mine["vae_decode_s"]
     assert len(mine["step_ms"]) == 1  # two steps, the first left out
+    assert mine["calls"] == mine["computed_calls"] == 4 and mine["use_ret_steps"] is None
     assert theirs["total_s"] is None
     said = capsys.readouterr().out
     assert "plan: DF 48x32" in said and "times ours" in said and str(file) in said
@@ -149,15 +151,76 @@ def test_long_videos_are_planned_in_windows():
         (["--resolution", "100x100"], "multiples of 16"),
         (["--resolution", "540"], "HEIGHTxWIDTH"),
         (["--mode", "async", "--frames", "25"], "causal_block_size=5; nearest"),
-        (["--mode", "t2v", "--ar_step", "1"], "not for --mode t2v"),
         (["--gpus", "2"], "torchrun --nproc_per_node=2"),
-        (["--teacache"], "no coefficients"),
+        (["--weights", "tiny"], "is no toy for --mode sync (dim 256, not 128, ffn_dim 1024, not 384, "),
+        (["--weights", "tiny"], "give --model tiny"),
+        (["--weights", "tiny", "--mode", "i2v"], "tiny is no image-to-video model"),
+        # What would do nothing.
+        (["--mode", "t2v", "--ar_step", "1"], "--ar_step needs --mode async or causal"),
+        (["--mode", "t2v", "--base_frames", "5"], "--base_frames needs --mode sync, async or causal"),
+        (["--mode", "i2v", "--overlap", "5"], "--overlap needs --mode sync, async or causal"),
+        (["--overlap", "5"], "--overlap needs --base_frames"),
+        (["--base_frames", "9"], "--frames 9 are one window"),
+        (["--use_ret_steps"], "--use_ret_steps needs --teacache"),
+        (["--teacache"], "--teacache needs --weights"),
+        (["--ulysses_degree", "1"], "--ulysses_degree needs --gpus of 2 or more"),
+        (["--ring_degree", "1"], "--ring_degree needs --gpus of 2 or more"),
+        (["--cfg_parallel"], "--cfg_parallel needs --gpus of 2 or more"),
+        (["--no_cfg_parallel"], "--no_cfg_parallel needs --gpus of 2 or more"),
     ],
 )
 def test_video_errors_are_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture):
     assert video.main([*TOY, *options]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and message in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--frames", "50"], "--frames: 50 frames are not 4k + 1; nearest: 49 or 53"),
+        (["--base_frames", "6"], "--base_frames: 6 frames are not 4k + 1; nearest: 5 or 9"),
+        (["--mode", "async", "--causal_block_size", "0"], "--causal_block_size: 0 is no whole number"),
+    ],
+)
+def test_numbers_are_not_made_into_others(options: list[str], message: str, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit, match="2"):
+        video.main([*TOY, *options])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_a_peer_runs_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(video, "require", lambda device: None)
+    assert video.main([*TOY, "--gpus", "2", "--peer", "diffusers"]) == 2
+    assert "--peer needs --gpus 1" in capsys.readouterr().err
+
+
+TINY = ["--model", "tiny", *TOY[2:], "--no_warm_up"]
+
+
+def test_the_bundled_model_takes_a_prompt_as_long_as_it_can(tmp_path: Path):
+    file = tmp_path / "video.jsonl"
+    for weights in ([], ["--weights", "tiny"]):
+        assert video.main([*TINY, *weights, "--steps", "1", "--out", str(file)]) == 0
+    random, trained = harness.read(file)
+    assert (random["weights"], trained["weights"]) == ("random", "files")
+    assert random["weights_gib"] == trained["weights_gib"]
+
+
+def test_teacache_says_how_many_calls_it_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setattr(TransformerConfig, "teacache_coefficients", lambda *_: (0.0,))
+    file, words = tmp_path / "video.jsonl", [*TINY, "--weights", "tiny", "--teacache", "--steps", "6"]
+    assert video.main([*words, "--out", str(file)]) == 0
+    assert "4 of 12 model calls were computed" in capsys.readouterr().out  # the first row and the last, twice
+    assert video.main([*words, "--use_ret_steps", "--peer", "diffusers", "--out", str(file)]) == 0
+    assert "diffusers: has no TeaCache" in capsys.readouterr().out
+    plain, retained = harness.read(file)
+    assert (plain["use_ret_steps"], plain["calls"], plain["computed_calls"]) == (False, 12, 4)
+    assert (retained["use_ret_steps"], retained["calls"], retained["computed_calls"]) == (True, 12, 10)
 
 
 def test_a_missing_peer_is_one_line(monkeypatch: pytest.MonkeyPatch):
