@@ -358,6 +358,18 @@ def test_a_signal_that_follows_an_error_waits_for_what_is_saved(arrived: set[int
     assert run.state(0).row == 2
 
 
+def test_nothing_is_taken_once_the_last_is_saved(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", every_s=0)
+    run.begin({})
+    with run.keeper(0, 5, 0) as keep:
+        for state in states(1, 2):
+            keep(state)
+        run.save_last()
+        for state in states(3, 4):
+            keep(state)
+    assert run.state(0).row == 2
+
+
 def test_nothing_is_saved_of_what_has_not_been_made(arrived: set[int], tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     run.begin({})

@@ -298,6 +298,16 @@ def test_nor_does_one_that_a_signal_meets_as_it_begins_or_ends(place: str, handl
     assert left_behind() == before
 
 
+def test_a_child_that_was_forked_holds_up_no_watch() -> None:
+    with Watch(lambda number: 7):
+        child = os.fork()
+        if child == 0:
+            time.sleep(HANG_S)
+            os._exit(0)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
 def test_no_other_thread_holds_signals(handled: None) -> None:
     holds, done = threading.Event(), threading.Event()
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ._signals import Held
-from .host_memory import HostMemoryError
 from .sampling.denoise import State
 
 _SETTLE_S = 1.0
@@ -85,7 +84,7 @@ class Keeper:
             if newest is not None and newest.state.row > self._saved and not self._ended:
                 self._save(newest.state, newest.generators)
                 self._saved, self._saved_at = newest.state.row, self._clock()
-            self._ended = last
+            self._ended |= last
 
 
 class _Copy:
@@ -147,11 +146,11 @@ class _Copy:
 
 
 def _pinned(tensor: Tensor) -> Tensor:
-    """Host memory for what the tensor holds, and it too where it is on the host."""
+    """Host memory for what the tensor holds, and it too where it is on the host. Unpinned the host waits for copies."""
     try:
         there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    except RuntimeError as error:
-        raise HostMemoryError(f"{tensor.nbytes / 2**20:.0f} MiB of host memory cannot be pinned") from error
+    except RuntimeError:  # the system refuses, or the device has failed, which the next call reports
+        there = torch.empty(tensor.shape, dtype=tensor.dtype)
     return there if tensor.is_cuda else there.copy_(tensor)
 
 

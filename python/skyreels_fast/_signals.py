@@ -26,7 +26,8 @@ class Held(ContextDecorator):
     came: int | None = None
 
     def __enter__(self) -> None:
-        Held.depth += is_main_thread()
+        if is_main_thread():
+            Held.depth += 1
 
     def __exit__(self, *_: object) -> None:
         if not is_main_thread():

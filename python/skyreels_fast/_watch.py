@@ -18,6 +18,7 @@ from collections.abc import Callable
 from ._signals import STOPPING, Held, handle_signals, is_main_thread
 
 ANSWER_S = 5.0  # torchrun gives all of its processes thirty
+_LEAVE = b"\0"  # no signal's number
 
 
 class Watch:
@@ -50,8 +51,9 @@ class Watch:
         self.mine()
         if self._thread is not None:
             signal.set_wakeup_fd(self._old)
-            os.close(self._told)  # which ends the thread
+            os.write(self._told, _LEAVE)  # a child that was forked may hold it open
             self._thread.join()
+            os.close(self._told)
             os.close(self._signals)
 
     def _begin(self) -> None:
@@ -90,8 +92,8 @@ class Watch:
             os._exit(code)
 
     def _next(self) -> int | None:
-        """The next signal that stops the run; None where the pipe is closed."""
-        while came := os.read(self._signals, 1):
+        """The next signal that stops the run; None where the watch is over."""
+        while (came := os.read(self._signals, 1)) != _LEAVE:
             if came[0] in STOPPING:
                 return came[0]
         return None

@@ -213,9 +213,9 @@ class Run:
 
     def release(self) -> None:
         """Let another process go on with the run."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            lock.close()
 
     def released_after(self, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
         """The chunks of the run, which is let go when they end, however they do."""

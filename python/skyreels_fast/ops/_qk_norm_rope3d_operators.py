@@ -23,6 +23,10 @@ _OPTIONS = (
 )
 
 
+# A table is kept beyond the call that makes it, and so must not lie in the memory of a CUDA graph.
+_TAGS = {"tags": torch.Tag.cudagraph_unsafe} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+
+
 def axis_angles(length: int, start: int, pairs: int, theta: float, device: torch.device) -> Tensor:
     positions = torch.arange(start, start + length, dtype=torch.float64, device=device)
     exponents = torch.arange(pairs, dtype=torch.float64, device=device) / max(pairs, 1)
@@ -138,6 +142,7 @@ def qk_norm(x: Tensor, weight: Tensor, eps: float, backend: str) -> Tensor:
     "skyreels_fast::qk_norm_rope3d",
     mutates_args=(),
     schema=f"(Tensor q, Tensor k, {_OPTIONS}) -> (Tensor, Tensor)",
+    **_TAGS,
 )
 def qk_norm_rope3d(q: Tensor, k: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     outs = _like(q), _like(k)
@@ -179,6 +184,7 @@ def _launch_rope(
     "skyreels_fast::qk_norm_rope3d_",
     mutates_args=("q", "k"),
     schema=f"(Tensor(a!) q, Tensor(b!) k, {_OPTIONS}) -> ()",
+    **_TAGS,
 )
 def qk_norm_rope3d_(q: Tensor, k: Tensor, *options: Any) -> None:
     if q.stride(3) == k.stride(3) == 1 and _are_apart(q, k):  # channels adjoin, and nothing is written twice
@@ -193,6 +199,7 @@ def qk_norm_rope3d_(q: Tensor, k: Tensor, *options: Any) -> None:
     mutates_args=(),
     schema="(SymInt[] grid, SymInt[] token_range, SymInt frame_offset, SymInt head_dim, float theta, Device device, "
     "ScalarType dtype) -> (Tensor, Tensor)",
+    **_TAGS,
 )
 def rope_table(
     grid: list[int],

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, SupportsIndex
 
 import torch
@@ -128,7 +129,7 @@ def _places(
 def _check_angles(name: str, frame_offset: Any, theta: Any) -> None:
     if not isinstance(frame_offset, SupportsIndex):
         raise ValueError(f"{name}: frame_offset must be an integer, not {frame_offset!r}")
-    if not isinstance(theta, (int, float)) or not 0 < theta < math.inf:
+    if not isinstance(theta, Real) or not 0 < theta < math.inf:
         raise ValueError(f"{name}: theta must be a positive number, not {theta!r}")
 
 
@@ -201,6 +202,7 @@ def _norm_rope(
     _check_norm(name, "k", k, k_weight)
     grid, token_range = _places(name, q, k, grid, token_range)
     _check_angles(name, frame_offset, theta)
+    theta = float(theta)
     if in_place:
         _check_writable(name, q, k, q_weight, k_weight)
     backend = _choose(name, backend, q, k, q_weight, k_weight)
