@@ -35,10 +35,10 @@ PYBIND11_MODULE(_C, module) {
 
   // A launch waits where the device's queue is full, and other threads shall go on meanwhile.
   const py::call_guard<py::gil_scoped_release> unlocked;
-  module.def("qk_norm", &sf::qk_norm, unlocked, "out = x / sqrt(mean(x^2) + eps) * weight", "out"_a, "x"_a, "weight"_a, "shape"_a,
-             "strides"_a, "eps"_a, "dtype"_a, "weight_dtype"_a, "stream"_a);
-  module.def("qk_norm_rope3d", &sf::qk_norm_rope3d, unlocked, "qk_norm of q and k, then rotary positions", "q_out"_a, "k_out"_a,
-             "q"_a, "k"_a, "q_weight"_a, "k_weight"_a, "table"_a, "shape"_a, "q_out_strides"_a,
+  module.def("qk_norm", &sf::qk_norm, unlocked, "out = x / sqrt(mean(x^2) + eps) * weight", "out"_a, "x"_a, "weight"_a,
+             "shape"_a, "strides"_a, "eps"_a, "dtype"_a, "weight_dtype"_a, "stream"_a);
+  module.def("qk_norm_rope3d", &sf::qk_norm_rope3d, unlocked, "qk_norm of q and k, then rotary positions", "q_out"_a,
+             "k_out"_a, "q"_a, "k"_a, "q_weight"_a, "k_weight"_a, "table"_a, "shape"_a, "q_out_strides"_a,
              "k_out_strides"_a, "q_strides"_a, "k_strides"_a, "grid"_a, "token_range"_a, "eps"_a, "dtype"_a,
              "weight_dtype"_a, "stream"_a);
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -39,6 +41,17 @@ def torchrun(directory: Path, count: int, *flags: str, script: Path = COMMAND) -
     )  # fmt: skip
 
 
+@contextlib.contextmanager
+def started(directory: Path, *flags: str, script: Path = COMMAND) -> Iterator[subprocess.Popen]:
+    """Two processes by `torchrun`, of which nothing is left."""
+    run = torchrun(directory, 2, *flags, script=script)
+    try:
+        yield run
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+
+
 def free_port() -> str:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
@@ -57,22 +70,26 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the process to kill in /proc")
+def second(run: subprocess.Popen) -> int:
+    """The process of rank 1."""
+    (found,) = [pid for pid in children(run.pid) if rank_of(pid) == "1"]
+    return found
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds a process in /proc")
+
+
+@needs_proc
 def test_a_process_that_dies_ends_the_run_which_one_process_goes_on_with(tmp_path: Path) -> None:
-    run = torchrun(tmp_path, 2, "--use_usp", "--num_frames", "13", "--inference_steps", "150")
-    try:
+    with started(tmp_path, "--use_usp", "--num_frames", "13", "--inference_steps", "150") as run:
         said = []
         for line in run.stderr:
             said.append(line)
             if line.startswith("window 2/2"):
                 break
-        (victim,) = [pid for pid in children(run.pid) if rank_of(pid) == "1"]
-        os.kill(victim, signal.SIGKILL)
+        os.kill(second(run), signal.SIGKILL)
         killed = time.monotonic()
         out, rest = run.communicate(timeout=60)
-    finally:
-        if run.poll() is None:
-            os.killpg(run.pid, signal.SIGKILL)
     assert run.returncode != 0 and time.monotonic() - killed < 60
     assert "9 of 13 frames can be played" in rest
     assert "another process of this run has ended" in rest or "stopped by SIGTERM" in rest
@@ -96,16 +113,15 @@ def test_a_process_that_dies_ends_the_run_which_one_process_goes_on_with(tmp_pat
     assert record["complete"] is True and "parallel" not in record and "--use_usp" not in record["command"]
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the process to stop in /proc")
+@needs_proc
 def test_a_process_that_hangs_keeps_no_signal_from_saving_what_is_there(tmp_path: Path) -> None:
     """The first process waits for it in an exchange, and no Python runs there."""
-    run = torchrun(tmp_path, 2, "--use_usp", "--num_frames", "13", "--inference_steps", "1000")
-    try:
+    with started(tmp_path, "--use_usp", "--num_frames", "13", "--inference_steps", "1000") as run:
         for line in run.stderr:
             if line.startswith("window 1/2"):
                 break
         time.sleep(2)
-        first, victim = sorted(children(run.pid), key=rank_of)
+        victim = second(run)
         os.kill(victim, signal.SIGSTOP)
         time.sleep(0.5)
         run.send_signal(signal.SIGTERM)
@@ -116,9 +132,6 @@ def test_a_process_that_hangs_keeps_no_signal_from_saving_what_is_there(tmp_path
                 break
         os.kill(victim, signal.SIGKILL)
         run.communicate(timeout=60)
-    finally:
-        if run.poll() is None:
-            os.killpg(run.pid, signal.SIGKILL)
     own = [line for line in said if line.startswith("generate_video_df.py: ")]
     assert own[0] == "generate_video_df.py: stopped by SIGTERM\n"
     steps = re.search(r"no frame is finished yet; (\d+) of 2000 steps are saved", own[1])
@@ -179,14 +192,15 @@ def test_processes_that_never_come_are_told_from_those_that_end(monkeypatch, cap
     assert not list(tmp_path.iterdir())
 
 
-_FAILS_LATE = """
-import os, time
+# The first process has begun its run by then.
+_LATE = """
+import os, signal, time
 from skyreels_fast import cli, pipeline
 
 def plan(self, request, plan=pipeline.Pipeline.plan):
     if os.environ["RANK"] == "1":
         time.sleep(3)
-        raise RuntimeError("boom")
+        {act}
     return plan(self, request)
 
 pipeline.Pipeline.plan = plan
@@ -195,7 +209,7 @@ raise SystemExit(cli.generate_video_df())
 
 
 def test_a_process_that_ends_while_the_first_has_begun_leaves_nothing(tmp_path: Path) -> None:
-    (tmp_path / "run.py").write_text(_FAILS_LATE)
+    (tmp_path / "run.py").write_text(_LATE.format(act='raise RuntimeError("boom")'))
     (tmp_path / "here").mkdir()
     flags = ["--use_usp", "--num_frames", "9", "--output", "here/out.mp4"]
     run = torchrun(tmp_path, 2, *flags, script=tmp_path / "run.py")
@@ -204,32 +218,16 @@ def test_a_process_that_ends_while_the_first_has_begun_leaves_nothing(tmp_path: 
     assert not list((tmp_path / "here").iterdir())
 
 
-_HANGS_LATE = """
-import os, signal, time
-from skyreels_fast import cli, pipeline
-
-def plan(self, request, plan=pipeline.Pipeline.plan):
-    if os.environ["RANK"] == "1":
-        time.sleep(3)
-        os.kill(os.getpid(), signal.SIGSTOP)
-    return plan(self, request)
-
-pipeline.Pipeline.plan = plan
-raise SystemExit(cli.generate_video_df())
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the process that hangs in /proc")
+@needs_proc
 def test_a_signal_while_another_process_hangs_before_it_begins_leaves_nothing(tmp_path: Path) -> None:
-    (tmp_path / "run.py").write_text(_HANGS_LATE)
+    (tmp_path / "run.py").write_text(_LATE.format(act="os.kill(os.getpid(), signal.SIGSTOP)"))
     (tmp_path / "here").mkdir()
     flags = ["--use_usp", "--num_frames", "9", "--output", "here/out.mp4"]
-    run = torchrun(tmp_path, 2, *flags, script=tmp_path / "run.py")
-    try:
+    with started(tmp_path, *flags, script=tmp_path / "run.py") as run:
         end = time.monotonic() + 60
         while not (tmp_path / "here" / "out.run" / "run.json").exists() and time.monotonic() < end:
             time.sleep(0.1)
-        (victim,) = [pid for pid in children(run.pid) if rank_of(pid) == "1"]
+        victim = second(run)
         while ") T " not in Path(f"/proc/{victim}/stat").read_text() and time.monotonic() < end:
             time.sleep(0.1)
         assert (tmp_path / "here" / "out.run").exists()
@@ -237,9 +235,6 @@ def test_a_signal_while_another_process_hangs_before_it_begins_leaves_nothing(tm
         said = next(line for line in run.stderr if "stopped by" in line)
         os.kill(victim, signal.SIGKILL)
         run.communicate(timeout=60)
-    finally:
-        if run.poll() is None:
-            os.killpg(run.pid, signal.SIGKILL)
     assert said == "generate_video_df.py: stopped by SIGTERM\n"
     assert not list((tmp_path / "here").iterdir())
 

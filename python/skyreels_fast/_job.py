@@ -247,7 +247,7 @@ def alone(program: str) -> int:
 
 def follow(part: Part, watch: Watch) -> int:
     """Do this process's part of what the first one renders and writes, which says what there is to say."""
-    watch.end = lambda number: 128 + number
+    watch.end = lambda number: _code_of(Stopped(number))
     try:
         if not part.pipe.machine.world.agree(None):
             for _ in part.pipe(part.plan, stream=True, keep_latents=False).frames:

@@ -98,7 +98,7 @@ class _Copy:
         self.generators: list[Tensor] = []
         self._rows = rows
         self._numbers: Tensor | None = None
-        self._arrived = torch.full((1,), -1)
+        self._arrived: Tensor | None = None
         self._buffers: list[Tensor] = []
         self._done: torch.cuda.Event | None = None
         self._source: list[Tensor] = []
@@ -132,7 +132,8 @@ class _Copy:
         device = source[0].device
         if self._done is None:
             self._numbers = torch.arange(self._rows + 1, device=device)
-            self._arrived, self._buffers = _pinned(self._arrived), [_pinned(tensor) for tensor in source]
+            self._arrived = _pinned(self._numbers[:1]).fill_(-1)
+            self._buffers = [_pinned(tensor) for tensor in source]
             self._done = torch.cuda.Event()
         stream = _stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
@@ -146,12 +147,11 @@ class _Copy:
 
 
 def _pinned(tensor: Tensor) -> Tensor:
-    """Host memory for what the tensor holds, and it too where it is on the host. Unpinned the host waits for copies."""
+    """Host memory for what the tensor holds. Where it is not pinned, the host waits for copies to it."""
     try:
-        there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     except RuntimeError:  # the system refuses, or the device has failed, which the next call reports
-        there = torch.empty(tensor.shape, dtype=tensor.dtype)
-    return there if tensor.is_cuda else there.copy_(tensor)
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
 
 
 @lru_cache

@@ -170,8 +170,8 @@ class Pipeline:
             ValueError: a bad setting, or a run of another request, before any weight is loaded.
         """
         saved = run if isinstance(run, Run) else Run(run if self.machine.leads else None)
-        if isinstance(request, Request) and request.seed is None:
-            request = replace(request, seed=saved.seed)
+        if isinstance(request, Request) and request.seed is None and (seed := saved.seed) is not None:
+            request = replace(request, seed=seed)
         plan = request if isinstance(request, Plan) else self.plan(request)
         if saved.directory is not None:
             saved.begin(self.identity(plan))

@@ -201,32 +201,17 @@ def qk_norm_rope3d_(q: Tensor, k: Tensor, *options: Any) -> None:
     "ScalarType dtype) -> (Tensor, Tensor)",
     **_TAGS,
 )
-def rope_table(
-    grid: list[int],
-    token_range: list[int],
-    frame_offset: int,
-    head_dim: int,
-    theta: float,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+def rope_table(grid: list[int], token_range: list[int], *options: Any) -> tuple[Tensor, Tensor]:
     """`token_table`, an operator so that what is compiled around it does not compute the angles for every element."""
-    table = token_table(tuple(grid), tuple(token_range), frame_offset, head_dim, theta, device, dtype)
-    return table[0].clone(), table[1].clone()  # what an operator returns may be written to
+    cos, sin = token_table(tuple(grid), tuple(token_range), *options)
+    return cos.clone(), sin.clone()  # what an operator returns may be written to
 
 
 @rope_table.register_fake
-def _(
-    grid: list[int],
-    token_range: list[int],
-    frame_offset: int,
-    head_dim: int,
-    theta: float,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    tokens = grid[0] * (token_range[1] - token_range[0])
-    return tuple(torch.empty(tokens, head_dim // 2, dtype=dtype, device=device) for _ in range(2))
+def _(grid: list[int], token_range: list[int], *options: Any) -> tuple[Tensor, Tensor]:
+    _, head_dim, _, device, dtype = options
+    cos = torch.empty(grid[0] * (token_range[1] - token_range[0]), head_dim // 2, dtype=dtype, device=device)
+    return cos, torch.empty_like(cos)
 
 
 @qk_norm.register_fake

@@ -165,11 +165,11 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None =
     chosen = _choose(backend, q, k, v)
     math_dtype = math_dtype_of(q)
     is_empty = 0 in (q.numel(), k.numel())  # which the kernels do not take
-    if chosen == "ref" or is_empty or (backend is None and needs_grad(q, k, v)):
-        with without_autocast(q):
+    with without_autocast(q):
+        if chosen == "ref" or is_empty or (backend is None and needs_grad(q, k, v)):
             scores = _scores(q, k, math_dtype)
             return _weighted(scores, v), scores.logsumexp(dim=-1)
-    check_no_grad("attention_with_lse", chosen, q, k, v)
-    with torch.no_grad(), without_autocast(q):
-        out, lse = backends.dense_with_lse(chosen)(q, k, v)
+        check_no_grad("attention_with_lse", chosen, q, k, v)
+        with torch.no_grad():
+            out, lse = backends.dense_with_lse(chosen)(q, k, v)
     return out, lse.to(math_dtype).reshape(q.shape[0], q.shape[2], -1)[..., : q.shape[1]]
